@@ -1,0 +1,21 @@
+"""What the tests share: the real material beside the checkout, where there is any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those with a local Hub say so
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real checkpoints, tokenizers and rows; the test is skipped where it is absent."""
+    if not REAL.is_dir():
+        pytest.skip("real checkpoints and rows are not beside this checkout")
+    return REAL
