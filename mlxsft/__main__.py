@@ -1,0 +1,6 @@
+"""`python -m mlxsft` is the command `mlxsft`."""
+
+from mlxsft.cli import run
+
+if __name__ == "__main__":
+    run()

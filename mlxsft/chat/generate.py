@@ -1,0 +1,114 @@
+"""Answers: turns in, text out as it comes, on any backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlxsft.backends import Backend, Sampling
+from mlxsft.data.formats import Turn
+from mlxsft.data.render import Renderer
+
+__all__ = ["Answer", "Memory", "Sampling", "answer_text", "stream_answer"]
+
+
+@dataclass
+class Answer:
+    """What is known of an answer once its stream has ended: `finish` is stop (an end token) or length."""
+
+    text: str = ""
+    finish: Literal["stop", "length"] = "length"
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Memory:
+    """The key-value cache of one conversation, and the tokens that it stands for."""
+
+    backend: Backend
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cache = self.backend.new_cache()
+
+    def rest_of(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens of a prompt that must still be computed; what the cache holds beyond the prompt is forgotten."""
+        shared = 0
+        # At least one token is computed, because the next one is predicted from it.
+        while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
+            shared += 1
+        if shared < len(self.tokens) and not self.backend.trim(self.cache, len(self.tokens) - shared):
+            self.cache, shared = self.backend.new_cache(), 0
+        self.tokens = list(prompt[:shared])
+        return list(prompt[shared:])
+
+
+def stream_answer(
+    backend: Backend,
+    renderer: Renderer,
+    turns: Sequence[Turn],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    memory: Memory | None = None,
+    answer: Answer | None = None,
+) -> Iterator[str]:
+    """The text of the next answer as it comes; `answer`, where given, is filled in.
+
+    Stops at every end token of tokenizer, generation config and template, or after `max_tokens`. With a `memory`,
+    only what differs from the conversation so far is computed. Raises InputRefused where the template refuses.
+    """
+    memory = memory or Memory(backend)
+    answer = answer or Answer()
+    began = time.perf_counter()
+    prompt = renderer.prompt(turns)
+    rest = memory.rest_of(prompt)
+    answer.prompt_tokens, answer.reused_tokens = len(prompt), len(prompt) - len(rest)
+    text = renderer.tokenizer.stream()
+    opening = renderer.opening  # what stands before the text of an answer, as for instance a space
+    stream = backend.stream(rest, sampling, memory.cache)
+    memory.tokens = prompt
+    try:
+        for token in stream:
+            memory.tokens.append(token)
+            if answer.tokens == 0:
+                answer.prompt_seconds = time.perf_counter() - began
+            if token in renderer.end_tokens:
+                answer.finish = "stop"
+                break
+            answer.tokens += 1
+            new = text.push(token)
+            if not answer.text:
+                new, opening = _without(opening, new)
+            if new:
+                answer.text += new
+                yield new
+            if answer.tokens >= max_tokens:
+                break
+        if new := _without(opening, text.finish())[0] if not answer.text else text.finish():
+            answer.text += new
+            yield new
+    finally:
+        stream.close()
+        answer.seconds = time.perf_counter() - began
+
+
+def _without(opening: str, text: str) -> tuple[str, str]:
+    """`text` without what it shares with `opening` at the beginning, and what is left of `opening`."""
+    n = 0
+    while n < min(len(opening), len(text)) and opening[n] == text[n]:
+        n += 1
+    return text[n:], opening[n:] if n == len(text) else ""
+
+
+def answer_text(
+    backend: Backend, renderer: Renderer, turns: Sequence[Turn], sampling: Sampling, max_tokens: int
+) -> str:
+    """The whole next answer."""
+    return "".join(stream_answer(backend, renderer, turns, sampling, max_tokens))

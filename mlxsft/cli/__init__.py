@@ -1,0 +1,63 @@
+"""The command `mlxsft`: one click group, and the one place that turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from mlxsft import __version__
+from mlxsft.cli.chat import chat
+from mlxsft.cli.data import data
+from mlxsft.cli.doctor import doctor
+from mlxsft.cli.generate import generate
+from mlxsft.cli.recipes import recipes
+from mlxsft.cli.train import train
+from mlxsft.errors import MlxsftError, UsageError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mlxsft")
+def app() -> None:
+    """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
+
+
+for command in (train, generate, chat, data, recipes, doctor):
+    app.add_command(command)
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; bugs raise."""
+    try:
+        code = app.main(list(arguments), prog_name="mlxsft", standalone_mode=False)
+    except MlxsftError as error:
+        report(error)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return UsageError.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def report(error: MlxsftError) -> None:
+    """Write an error and its hint to stderr."""
+    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.echo(f"  {error.hint}", err=True)
+
+
+def run() -> None:
+    """The entry point of the `mlxsft` script."""
+    try:
+        code = call(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,115 @@
+"""Files of rows → the examples that are trained, those that are held out, and an account of every row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxsft.data.formats import Conversation, LeftOut, raise_for_broken, read_conversations
+from mlxsft.data.holdout import hold_out, normalise
+from mlxsft.data.render import Example, Renderer
+from mlxsft.errors import InputRefused
+
+if TYPE_CHECKING:
+    from mlxsft.recipe import DataRecipe
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row with what it gave."""
+
+    key: str  # rows with an equal key are held out together
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`train` and `valid` examples, `left_out` rows, and `ledger`: rows by what became of them; `read` is their sum."""
+
+    train: list[Example]
+    valid: list[Example]
+    left_out: list[LeftOut]
+    ledger: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
+    """Every row that the recipe names, rendered, judged and counted.
+
+    Raises InputRefused with the file:line of every broken row, and when no row is left to train on.
+    """
+    train, left_out = _read(data_files(data.train), data, renderer)
+    valid: list[_Row] = []
+    notes: list[str] = []
+    if isinstance(data.valid, str):
+        valid, more_left_out = _read(data_files(data.valid), data, renderer)
+        left_out += more_left_out
+    raise_for_broken([row for row in left_out if row.broken])
+    if isinstance(data.valid, float) and train:
+        held = hold_out([row.key for row in train], data.valid, seed=seed)
+        valid = [row for row, out in zip(train, held, strict=True) if out]
+        train = [row for row, out in zip(train, held, strict=True) if not out]
+        if not valid:
+            notes.append("no row can be held out: every row asks the same; there is no validation")
+    if not train:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in left_out).most_common())
+        raise InputRefused(
+            f"data.train: no row is left to train on: {reasons or 'nothing was read'}",
+            "`mlxsft data show FILE --model MODEL` shows what becomes of a row",
+        )
+    ledger = {"read": len(train) + len(valid) + len(left_out), "trained": len(train), "held out": len(valid)}
+    ledger |= Counter(row.reason for row in left_out)
+    notes += _length_notes([*train, *valid])
+    return Dataset(_examples(train), _examples(valid), left_out, ledger, notes)
+
+
+def data_files(paths: str | Sequence[str]) -> list[Path]:
+    return [Path(p) for p in ([paths] if isinstance(paths, str) else paths)]
+
+
+def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file; of a folder, of the files in it."""
+    files = [f for p in paths for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer) -> tuple[list[_Row], list[LeftOut]]:
+    rows, left_out = [], []
+    for row in read_conversations(paths, format=data.format, fill=data.fill):
+        if isinstance(row, LeftOut):
+            left_out.append(row)
+            continue
+        made = list(renderer.examples(row, data))
+        refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
+        examples = [m for m in made if isinstance(m, Example)]
+        if examples and not any(m.broken for m in refused):
+            rows.append(_Row(_key(row), examples))
+        else:
+            left_out += refused[:1]
+    return rows, left_out
+
+
+def _key(row: Conversation) -> str:
+    """What a row asks: the question decides the side on which it lands, so that none is both trained and tested."""
+    asked = next((t.content for t in row.turns if t.role in ("user", "text")), row.turns[0].content)
+    return normalise(asked)
+
+
+def _examples(rows: Iterable[_Row]) -> list[Example]:
+    return [example for row in rows for example in row.examples]
+
+
+def _length_notes(rows: Iterable[_Row]) -> list[str]:
+    """What was done to rows so that they fit, with the first places."""
+    by_note: dict[str, list[str]] = {}
+    for row in rows:
+        for note in sorted({e.note for e in row.examples if e.note}):
+            by_note.setdefault(note, []).append(str(row.examples[0].origin))
+    return [
+        f"{note}: {len(where)} rows ({', '.join(where[:3])}{', …' * (len(where) > 3)})"
+        for note, where in by_note.items()
+    ]

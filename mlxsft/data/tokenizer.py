@@ -1,0 +1,178 @@
+"""Text ↔ token ids for one checkpoint, where special tokens come only from templates, never from what people write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mlxsft.errors import InputRefused
+
+if TYPE_CHECKING:
+    from mlxsft.models.source import ModelSource
+
+# Unicode noncharacters, which no text contains: they fence the spelling of a special token until it is tokenized.
+_FENCE_OPEN, _FENCE_CLOSE = "\ufdd0", "\ufdd1"
+_FENCED = re.compile(f"{_FENCE_OPEN}(.*?){_FENCE_CLOSE}", re.DOTALL)
+
+
+class Tokenizer:
+    """transformers' tokenizer of a checkpoint with the few verbs that mlxsft needs of it."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    @classmethod
+    def load(cls, source: ModelSource) -> Tokenizer:
+        """The tokenizer of a verified folder. Raises InputRefused where transformers cannot read it."""
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # no advice about torch: it is not needed here
+        try:
+            hf = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputRefused(
+                f"{source.name}: the tokenizer cannot be loaded: {lines[0]}",
+                "the folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json",
+            ) from error
+        return cls(hf)
+
+    # --- special tokens ----------------------------------------------------------------------------------------
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.hf.eos_token or None
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset() if self.hf.eos_token_id is None else frozenset([int(self.hf.eos_token_id)])
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds the spelling of any special token; of two that begin alike, the longer."""
+        added = (t.content for t in self.hf.added_tokens_decoder.values() if t.special)
+        names = sorted({n for n in [*added, *self.hf.all_special_tokens] if n}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def fence(self, text: str) -> str:
+        """The text with every special token's spelling marked, so that it is tokenized as the ordinary text it is."""
+        text = text.replace(_FENCE_OPEN, "\ufffd").replace(_FENCE_CLOSE, "\ufffd")
+        return self.special_pattern.sub(lambda m: f"{_FENCE_OPEN}{m[0]}{_FENCE_CLOSE}", text)
+
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer puts its beginning-of-text token before a text by itself."""
+        return self.hf.bos_token_id is not None and self.hf.encode("a")[:1] == [self.hf.bos_token_id]
+
+    # --- chat templates ----------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that the checkpoint brings; of several named ones, the one for chat."""
+        template = self.hf.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template or None
+
+    def apply_template(self, template: str, messages: list[dict[str, str]], **options: Any) -> str:
+        """The text that a Jinja template makes of the messages, in transformers' sandbox. Raises what Jinja raises."""
+        return str(self.hf.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+
+    # --- text to ids -------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that stands at the beginning; nothing is added to it."""
+        return self._encode_fenced(text, first=True)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that stands behind another one that was tokenized by itself."""
+        return self._encode_fenced(text, first=False)
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a plain text as the tokenizer frames it (beginning-of-text where it has one), its end token added."""
+        ids = [int(self.hf.bos_token_id), *self.encode(text)] if self.begins_with_bos else self.encode(text)
+        end = sorted(self.eos_token_ids)
+        return ids if ids[-1:] == end else ids + end
+
+    def _encode_fenced(self, text: str, *, first: bool) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(_FENCED.split(text)):  # every second part stood between fences
+            if part:
+                spelled_out = i % 2 == 1
+                ids += self._plain(part, spelled_out) if first and not ids else self._continued(part, spelled_out)
+        return ids
+
+    def _plain(self, text: str, spelled_out: bool) -> list[int]:
+        if not self.hf.is_fast:
+            return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=spelled_out)]
+        backend = self.hf.backend_tokenizer
+        backend.encode_special_tokens = spelled_out
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            backend.encode_special_tokens = False
+
+    @cached_property
+    def _joint(self) -> tuple[str, list[int]] | None:
+        """What goes before a continuation, for tokenizers that begin every text with a space of their own."""
+        newline = self._plain("\n", False)
+        return None if self._plain("\na", False) == newline + self._plain("a", False) else ("\n", newline)
+
+    def _continued(self, text: str, spelled_out: bool) -> list[int]:
+        if self._joint is not None:
+            joint, ids = self._joint
+            whole = self._plain(joint + text, spelled_out)
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        return self._plain(text, spelled_out)
+
+    # --- ids to text -------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, special tokens left out."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id adds to the text, special tokens spelled out: for showing, one string an id."""
+        shown, text, begun = [], "", list[int]()
+        for i in ids:
+            begun.append(i)
+            now = str(self.hf.decode(begun, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            shown.append(now[len(text) :] if now.startswith(text) else now)
+            text = now
+        return shown
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one by one."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Text out of ids as they come: only whole characters are given out, the rest waits."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # where the window that is decoded begins: settled ids that give the next ones their context
+        self._settled = 0  # ids whose text was given out
+
+    def push(self, token: int) -> str:
+        """The text that this id completes, perhaps empty."""
+        self._ids.append(token)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What still waited: an unfinished character comes out as U+FFFD."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        # The window begins before the new ids, because decoders treat the first id of a text differently.
+        context = self._tokenizer.decode(self._ids[self._start : self._settled])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if not final and text.endswith("\ufffd"):
+            return ""
+        self._start, self._settled = self._settled, len(self._ids)
+        return text.removeprefix(context)

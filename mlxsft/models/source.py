@@ -1,0 +1,252 @@
+"""A folder or a Hub id → ModelSource: verified, pinned to a commit, nothing loaded.
+
+Whatever a checkpoint could do to this machine or to the run is refused here, before a weight is read: code, pickle,
+names that leave the folder, shards that do not fit together, token ids without an embedding row. From the Hub the
+listing is judged before anything is downloaded, and the small files before the weights.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from mlxsft.errors import InputRefused, MlxsftError, NetworkFailed, OutOfResources, UsageError
+from mlxsft.models import checks
+from mlxsft.models.checks import TensorInfo
+
+__all__ = ["ModelSource", "TensorInfo", "open_model"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint folder that passed every check."""
+
+    folder: Path
+    name: str  # what the person wrote: a folder or a Hub id
+    commit: str | None  # the Hub's commit, None for a plain folder
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]  # empty where the file is absent
+    tensors: Mapping[str, TensorInfo]
+    embedding_rows: int | None  # every token id must be below; None where no embedding could be told
+    files: tuple[str, ...]  # weight files, in order
+
+    def end_token_ids(self) -> frozenset[int]:
+        """The ids that end an answer, by config.json and generation_config.json together."""
+        text_config = self.config.get("text_config")
+        nested = text_config if "eos_token_id" not in self.config and isinstance(text_config, dict) else {}
+        places = {"config.json": self.config, "generation_config.json": self.generation_config}
+        found = checks.eos_ids("config.json", nested)
+        return found.union(*(checks.eos_ids(file, config) for file, config in places.items()))
+
+    def hashes(self) -> dict[str, str]:
+        """{file: SHA-256} of every file that defines the model; reads the files, except LFS blobs of the Hub cache."""
+        return {name: _sha256(self.folder / name) for name in checks.listing(self.folder) if checks.defines(name)}
+
+
+def open_model(
+    model: str, *, revision: str | None = None, relative_to: Path | None = None, progress: Progress | None = None
+) -> ModelSource:
+    """The verified checkpoint of a folder or a Hub id; `progress` is told in one line what is downloaded."""
+    try:
+        folder = _find_folder(model, relative_to)
+        if folder is None:
+            return _from_hub(model, revision, progress or (lambda line: None))
+        commit = folder.name if checks.blobs(folder) else None  # a snapshot of the Hub cache is named after it
+        if revision not in (None, commit):
+            raise UsageError(
+                f"{model}: is a folder, but the revision {revision!r} pins a commit of the Hub",
+                "Remove the revision, or write the Hub id.",
+            )
+        return _verify(folder, model, commit)
+    except InputRefused as refusal:
+        raise InputRefused(f"{model}: {refusal.message}", refusal.hint) from refusal
+
+
+# ---- a folder -------------------------------------------------------------------------------------------------------
+
+
+def _find_folder(model: str, relative_to: Path | None) -> Path | None:
+    """The folder that `model` names; None when it can only be a Hub id."""
+    candidates = [model, os.path.expanduser(model)]
+    if relative_to is not None:
+        candidates.append(os.path.join(relative_to, model))
+    for candidate in candidates:
+        if model and os.path.isdir(candidate):
+            return Path(candidate).resolve()
+    if any(os.path.isfile(candidate) for candidate in candidates):
+        raise InputRefused("is a file; a checkpoint is the folder with config.json and model*.safetensors")
+    if model.startswith((".", "/", "~")):
+        raise InputRefused("no such folder")
+    return None
+
+
+def _verify(folder: Path, name: str, commit: str | None) -> ModelSource:
+    """The folder as a ModelSource; the first thing wrong with it is raised, code and pickle before all else."""
+    names = checks.listing(folder)
+    checks.refuse_pickle_only(names)
+    configs = checks.read_configs(folder, names)
+    weight_map = checks.weight_map(folder, names)
+    files = checks.weight_files(names, weight_map)
+    tensors = checks.read_headers(folder, files)
+    checks.match_index(tensors, weight_map)
+    checks.refuse_without_tokenizer(names)
+    config = configs["config.json"]
+    rows = checks.embedding_rows(tensors, config)
+    if rows is not None:
+        checks.refuse_ids_beyond(rows, checks.token_ids(folder, names, configs.get("tokenizer_config.json", {})))
+    generation = configs.get("generation_config.json", {})
+    source = ModelSource(folder, name, commit, config, generation, tensors, rows, tuple(files))
+    source.end_token_ids()  # malformed ones are refused now, not in the middle of a run
+    return source
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file; in the Hub cache the blob of an LFS file has it as its name."""
+    blob = path.resolve()
+    if blob.parent == checks.blobs(path.parent) and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- the Hub --------------------------------------------------------------------------------------------------------
+
+
+class _Unreachable(NetworkFailed):
+    """The Hub did not answer; what the cache holds may still do."""
+
+
+def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelSource:
+    """The checkpoint of a Hub id, pinned to the commit that the revision stands for now."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise InputRefused("neither a folder that exists nor a Hub id such as Qwen/Qwen2.5-0.5B-Instruct") from error
+    if revision is not None and (".." in revision or not re.fullmatch(r"[\w./+-]+", revision)):
+        raise UsageError(f"revision: {revision!r} is no branch, tag or commit")
+    if revision is not None and checks.COMMIT.fullmatch(revision):  # never changes: what is cached needs no network
+        with suppress(NetworkFailed):
+            return _from_cache(model, revision, _Unreachable(model))
+    try:
+        with _hub_errors(model, revision):
+            info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=30)
+            commit, sizes = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            if not checks.COMMIT.fullmatch(commit):
+                raise ValueError("its answer names no commit")
+    except _Unreachable as failure:
+        source = _from_cache(model, revision, failure)
+        progress(f"{failure.message}; using the cached commit {source.commit}")
+        return source
+    return _from_listing(model, revision, commit, sizes, progress)
+
+
+def _from_listing(
+    model: str, revision: str | None, commit: str, sizes: Mapping[str, int], progress: Progress
+) -> ModelSource:
+    """The checkpoint of one commit: judged by its file names, then by its small files, then downloaded."""
+    checks.refuse_pickle_only(sizes)
+    if "config.json" not in sizes:
+        raise InputRefused("config.json is missing")
+    small = [name for name in sizes if checks.defines(name) and not fnmatchcase(name, checks.WEIGHTS)]
+    folder = _download(model, commit, {name: sizes[name] for name in small}, progress)
+    checks.read_configs(folder, small)
+    weights = ["config.json", *checks.weight_files(sizes, checks.weight_map(folder, small))]
+    _download(model, commit, {name: sizes[name] for name in weights}, progress)
+    source = _verify(folder, model, commit)
+    _remember(model, revision, commit)
+    return source
+
+
+def _from_cache(model: str, revision: str | None, failure: _Unreachable) -> ModelSource:
+    """The checkpoint as the Hub cache has it; `failure`, with what is missing, where that is not all of it."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "tokenizer*", checks.INDEX, checks.WEIGHTS]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=patterns))
+        return _verify(folder, model, commit=folder.name)
+    except checks.Incomplete as error:
+        raise NetworkFailed(f"{failure.message}; its copy in the cache lacks files: {error}", failure.hint) from error
+    except OSError as error:  # huggingface_hub's LocalEntryNotFoundError is one
+        raise NetworkFailed(f"{failure.message}; the cache holds no complete copy", failure.hint) from error
+
+
+def _download(model: str, commit: str, sizes: Mapping[str, int], progress: Progress) -> Path:
+    """The snapshot folder of a commit, with the files of these names and bytes (config.json among them) in it."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=commit)
+    absent = [name for name in sizes if not isinstance(try_to_load_from_cache(model, name, revision=commit), str)]
+    if isinstance(config, str) and not absent:
+        return Path(config).parent
+    megabytes = sum(sizes[name] for name in absent) / 1e6
+    progress(f"{model} at {commit[:12]}: downloading {len(absent)} files, {megabytes:,.1f} MB")
+    with _hub_errors(model, commit):
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=[escape(name) for name in absent]))
+    if missing := [name for name in sizes if not (folder / name).is_file()]:
+        raise NetworkFailed(f"{model}: the Hub did not send {checks.some(missing)}", "Try again: the rest is kept.")
+    return folder
+
+
+def _remember(model: str, revision: str | None, commit: str) -> None:
+    """Lets the cache find this commit by its branch or tag; called last, so that they name complete ones only."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    known = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(known, str) or Path(known).parent.name != commit:
+        with _hub_errors(model, revision):
+            hf_hub_download(model, "config.json", revision=revision)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """What huggingface_hub raises → NetworkFailed; for one call of it at a time."""
+    # httpx's or httpx2's, whichever this version of huggingface_hub is built on
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    # OSError: connection, disk, cache; RuntimeError: hf_xet's transfers; the others: an answer that is not a Hub's
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise _network_failure(model, revision, error) from error
+
+
+def _network_failure(model: str, revision: str | None, error: Exception) -> MlxsftError:
+    """One sentence for what went wrong between here and the Hub."""
+    from huggingface_hub import errors as hub
+
+    cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ else error
+    status = cause.response.status_code if isinstance(cause, hub.HfHubHTTPError) else None
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return OutOfResources(f"{model}: the disk is full", "Free some space, or set HF_HOME to another disk.")
+    if isinstance(cause, hub.GatedRepoError) or status == 403:
+        return NetworkFailed(f"{model}: the Hub refuses access", f"Ask for it on the model's page, then {login}.")
+    if isinstance(cause, hub.RevisionNotFoundError):
+        return NetworkFailed(f"{model}: the Hub has no revision {revision!r} of it", "Check the branch, tag or commit.")
+    if isinstance(cause, hub.RepositoryNotFoundError) or status in (401, 404):
+        return NetworkFailed(
+            f"{model}: neither a folder here nor a repository on the Hub that this login may see",
+            f"Check the name; for a private one, {login}.",
+        )
+    why = "HF_HUB_OFFLINE is set" if isinstance(cause, hub.OfflineModeIsEnabled) else f"{type(cause).__name__}: {cause}"
+    first_line = why.partition("\n")[0]
+    return _Unreachable(
+        f"{model}: no such folder here, and the Hub cannot be asked for it ({first_line})",
+        "Check the spelling of the folder, or the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
+    )

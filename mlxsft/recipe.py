@@ -1,0 +1,309 @@
+"""Every setting of a run, declared once: default, unit, help.
+
+`load_recipe` reads a YAML file and the `--set` overrides into a frozen `Recipe`, `dump_recipe` writes the resolved
+one, `recipe_schema` gives editors the JSON Schema. The sentences about wrong values are derived from that schema, so a
+new field needs nothing but its declaration here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from mlxsft.recipe_file import KeyPath, Sheet, read_sheet, shown, to_yaml
+from mlxsft.recipe_problems import problems_of, settings_of, wrong
+
+Text = Annotated[str, Field(min_length=1)]
+ShareOfRun = Annotated[float, Field(gt=0, le=1, title="a share of the run")]
+Steps = Annotated[int, Field(ge=1, title="a whole number of steps")]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    """A part of the recipe: frozen, no unknown keys, and no value turned into another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataRecipe(_Section):
+    """Which rows are trained, and what of them."""
+
+    train: Text | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
+        description="The file of rows to train on (JSONL or JSON), or a list of files. "
+        "A relative path starts at the folder of the recipe."
+    )
+    valid: Annotated[float, Field(gt=0, lt=1, title="a share of the rows")] | Text | None = Field(
+        default=0.05,
+        description="What is held out for validation: a share of the rows (0.05 is 5 %), or a file of its own; "
+        "null: no validation.",
+    )
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = Field(
+        default="auto", description="The layout of the rows; auto: recognised by their keys."
+    )
+    max_tokens: int = Field(default=2048, ge=2, description="The longest row that is trained, in tokens of the model.")
+    too_long: Literal["error", "drop", "keep-response"] = Field(
+        default="keep-response",
+        description="What happens to a row over max_tokens. error: the run stops; drop: it is left out and counted; "
+        "keep-response: the prompt is shortened, never the response.",
+    )
+    train_on: Literal["responses", "all"] = Field(
+        default="responses",
+        description="Which tokens carry the loss. responses: every assistant turn up to and including its end token; "
+        "all: the whole row.",
+    )
+    special_tokens: Literal["refuse", "escape", "drop", "allow"] = Field(
+        default="refuse",
+        description="What happens where the text of a row contains one of the tokenizer's special tokens. refuse: the "
+        "run stops; escape: it is trained as ordinary text; drop: the row is left out; allow: it becomes the token.",
+    )
+    fill: dict[str, str] = Field(default={}, description="Values for the {{name}} placeholders in the rows, by name.")
+    template: Text | None = Field(
+        default=None,
+        description="The name of a built-in chat template, or a Jinja file; null: the model's own, or `plain` for a "
+        "base model without one.",
+    )
+
+
+class AdapterRecipe(_Section):
+    """What is trained beside the frozen model."""
+
+    kind: Literal["lora"] = Field(default="lora", description="The kind of adapter.")
+    rank: int = Field(default=16, ge=1, description="The rank of the two low-rank matrices of every target.")
+    alpha: float = Field(
+        default=32.0, gt=0, description="The strength: what the adapter adds is multiplied by alpha ÷ rank."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="The share of an adapter's inputs that is zeroed in training."
+    )
+    layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default="all", description="Which transformer layers get an adapter: all, or the last N."
+    )
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
+        default="all-linear",
+        description="Which linear modules of a layer get an adapter: all-linear, or a list of names such as "
+        "[q_proj, v_proj].",
+    )
+
+
+class TrainRecipe(_Section):
+    """How the adapter is trained."""
+
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Length of the run in passes over the training rows; 3 where steps is not given either.",
+    )
+    steps: int | None = Field(
+        default=None, ge=1, description="Length of the run in optimizer updates, instead of epochs."
+    )
+    batch_size: int = Field(default=8, ge=1, description="Rows in one update.")
+    micro_batch_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description="Tokens computed at once, padding included; less saves memory, the result is the same.",
+    )
+    learning_rate: float = Field(
+        default=2e-4, gt=0, description="The highest learning rate, reached after the warm-up."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up."
+    )
+    final_learning_rate: float = Field(
+        default=0.0, ge=0, description="The learning rate at the end of the fall; at most learning_rate."
+    )
+    warmup: (
+        Annotated[float, Field(ge=0, lt=1, title="a share of the run")]
+        | Annotated[int, Field(ge=0, title="a whole number of steps")]
+    ) = Field(
+        default=0.05,
+        description="How long the learning rate rises at the start: a share of the run (0.05) or a number of steps "
+        "(100).",
+    )
+    decay: ShareOfRun | Steps | None = Field(
+        default=None,
+        description="Steps over which the rate falls to final_learning_rate, counted from the end of the warm-up: a "
+        "share of the run (0.5) or a number of steps (500); null: the rest of the run.",
+    )
+    optimizer: Literal["adamw"] = Field(default="adamw", description="The optimizer: AdamW with bias correction.")
+    beta1: Momentum = Field(default=0.9, description="AdamW's decay of the mean of the gradients, per update.")
+    beta2: Momentum = Field(default=0.999, description="AdamW's decay of the mean of their squares, per update.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's decoupled decay, multiplied by the learning rate."
+    )
+    clip_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="The largest norm of the whole gradient; a larger one is scaled down. null: no clipping.",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Where the adapter's initial values, the row order and dropout come from."
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, slower.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _three_epochs(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("epochs") is None and values.get("steps") is None:
+            return {**values, "epochs": 3.0}
+        return values
+
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if steps is not None and info.data.get("epochs") is not None:
+            raise wrong("train.epochs is given too; keep one of the two")
+        return steps
+
+    @field_validator("final_learning_rate")
+    @classmethod
+    def _falls(cls, final: float, info: ValidationInfo) -> float:
+        highest = info.data.get("learning_rate")
+        if highest is not None and final > highest:
+            raise wrong(f"got {shown(final)}, expected at most train.learning_rate, {shown(highest)}")
+        if final > 0 and info.data.get("schedule") == "constant":
+            raise wrong("train.schedule is constant, so the learning rate never falls; leave this out")
+        return final
+
+    @field_validator("decay")
+    @classmethod
+    def _decays(cls, decay: float | int | None, info: ValidationInfo) -> float | int | None:
+        if decay is not None and info.data.get("schedule") == "constant":
+            raise wrong("train.schedule is constant, so the learning rate never falls; leave this out")
+        return decay
+
+
+class EvalRecipe(_Section):
+    """When the held-out rows are looked at."""
+
+    every: ShareOfRun | Steps = Field(
+        default=0.25, description="How often validation runs: a share of the run (0.25) or a number of steps (200)."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluations without improvement after which the run stops; null: it runs to its end.",
+    )
+    samples: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        default=(), description="Prompts that the model answers at every evaluation."
+    )
+
+
+class SaveRecipe(_Section):
+    """When checkpoints are written."""
+
+    every: ShareOfRun | Steps = Field(
+        default=0.25,
+        description="How often a checkpoint is written: a share of the run (0.25) or a number of steps (200).",
+    )
+    keep: int = Field(default=2, ge=1, description="How many checkpoints are kept: the newest.")
+
+
+class Recipe(_Section):
+    """Everything that decides what a run does."""
+
+    model_config = ConfigDict(title="mlxsft recipe")
+
+    model: Text = Field(description="The model to tune: a folder, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct.")
+    revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of a Hub model; null: what its main branch points to now."
+    )
+    data: DataRecipe
+    adapter: AdapterRecipe = AdapterRecipe()
+    train: TrainRecipe = TrainRecipe()
+    eval: EvalRecipe = EvalRecipe()
+    save: SaveRecipe = SaveRecipe()
+
+    @field_validator("eval")
+    @classmethod
+    def _patience_has_rows(cls, settings: EvalRecipe, info: ValidationInfo) -> EvalRecipe:
+        data = info.data.get("data")
+        if settings.patience is not None and data is not None and data.valid is None:
+            raise wrong("data.valid is null, so there is no improvement to wait for", "patience")
+        return settings
+
+
+# An override of one of these replaces the other one in the file: `--set train.steps=10` shortens any recipe.
+_INSTEAD: dict[KeyPath, KeyPath] = {("train", "steps"): ("train", "epochs"), ("train", "epochs"): ("train", "steps")}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, cwd: Path | None = None) -> Recipe:
+    """The recipe in a file with the overrides (`train.seed=1`) laid over it; every problem of both in one UsageError.
+
+    Paths in the file count from its folder, those in overrides from `cwd`; the recipe returned has them absolute.
+    """
+    sheet = read_sheet(path)
+    folder = Path.cwd() if cwd is None else cwd
+    for override in overrides:
+        sheet.override(override, folder, instead=_INSTEAD)
+    return checked(sheet)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe as YAML; `load_recipe` of it gives an equal one."""
+    header = (
+        "# A resolved recipe: every setting with its value, paths absolute.\n"
+        "# To run it again: mlxsft train THIS_FILE --out RUN\n"
+    )
+    return header + to_yaml(recipe.model_dump(mode="json"))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe, for editors and for the reference."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def checked(sheet: Sheet) -> Recipe:
+    """The recipe that the values of a sheet make, with absolute paths; UsageError with all problems otherwise."""
+    for name, setting in _settings().items():
+        if "properties" in setting and sheet.values.get(name[0]) is None:
+            sheet.values[name[0]] = {}  # a section left out or left empty: all its defaults
+    try:
+        recipe = Recipe.model_validate(sheet.values)
+    except ValidationError as error:
+        for path, sentence in problems_of(error, sheet.values, _settings()):
+            sheet.complain(path, sentence)
+        recipe = None
+    sheet.refuse_if_wrong(hint="`mlxsft recipes schema` lists every setting with its meaning.")
+    assert recipe is not None  # a validation error is at least one problem
+    return _located(recipe, sheet)
+
+
+@cache
+def _settings() -> dict[KeyPath, dict[str, Any]]:
+    return settings_of(recipe_schema())
+
+
+def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
+    """The recipe with absolute paths, so that it means the same from any folder."""
+
+    def absolute(text: str, *path: str | int) -> str:
+        return os.path.abspath(sheet.place(path).folder / os.path.expanduser(text))
+
+    data = recipe.data
+    train = data.train
+    update: dict[str, object] = {
+        "train": absolute(train, "data", "train")
+        if isinstance(train, str)
+        else tuple(absolute(file, "data", "train", index) for index, file in enumerate(train))
+    }
+    if isinstance(data.valid, str):
+        update["valid"] = absolute(data.valid, "data", "valid")
+    if data.template is not None and _is_template_file(data.template):
+        update["template"] = absolute(data.template, "data", "template")
+    model = recipe.model
+    folder = absolute(model, "model")
+    if model.startswith((".", "~", "/")) or os.path.isabs(model) or os.path.isdir(folder):
+        model = folder  # anything else is a Hub id
+    return recipe.model_copy(update={"model": model, "data": data.model_copy(update=update)})
+
+
+def _is_template_file(template: str) -> bool:
+    return "/" in template or os.sep in template or template.endswith((".jinja", ".txt"))

@@ -1,0 +1,126 @@
+"""What happens in a run, as values: the loop yields them, files and consoles are made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; `kind` is what the JSON calls it."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> str:
+        """One line of JSON: `event` first, then the fields."""
+        return json.dumps({"event": self.kind, **asdict(self)}, ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Noted(Event):
+    """Something that the person should know."""
+
+    kind = "note"
+    message: str
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """A run begins, or goes on after `step` steps. `ledger`: rows by what became of them."""
+
+    kind = "start"
+    model: str
+    backend: str
+    device: str
+    step: int
+    total_steps: int
+    epochs: float
+    parameters: int
+    trainable_parameters: int
+    ledger: dict[str, int]
+    template: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Stepped(Event):
+    """One update was made, or skipped because loss or gradient was not finite (then those are null).
+
+    `loss` is in nats a trained token; `trained_tokens` and `tokens` (with the prompts) are those of this step;
+    `computed_tokens` counts the padding too.
+    """
+
+    kind = "step"
+    step: int
+    epoch: float
+    loss: float | None
+    gradient_norm: float | None
+    learning_rate: float
+    trained_tokens: int
+    tokens: int
+    computed_tokens: int
+    seconds: float
+    peak_bytes: int
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The loss, in nats a trained token, over all held-out rows (null: not finite); `best`: the lowest so far."""
+
+    kind = "eval"
+    step: int
+    loss: float | None
+    tokens: int
+    rows: int
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """What the model answers to a prompt of `eval.samples`."""
+
+    kind = "sample"
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """Adapter and checkpoint are on disk."""
+
+    kind = "save"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The run is over: `reason` is done, interrupted, or patience."""
+
+    kind = "end"
+    reason: str
+    step: int
+    total_steps: int
+    skipped_steps: int
+    trained_tokens: int
+    seconds: float
+    loss: float | None
+    valid_loss: float | None
+    best_valid_loss: float | None
+
+
+KINDS: dict[str, type[Event]] = {c.kind: c for c in (Noted, Started, Stepped, Evaluated, Sampled, Saved, Finished)}
+
+
+def from_json(line: str) -> Event:
+    """The event of one line of events.jsonl. Raises ValueError for a line that is none."""
+    fields: dict[str, Any] = json.loads(line)
+    try:
+        return KINDS[fields.pop("event")](**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an event: {line[:80]}") from error

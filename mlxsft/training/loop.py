@@ -1,0 +1,228 @@
+"""Training itself: a generator that makes one update after another and yields what happens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlxsft.data.batches import epoch_order, micro_batches, stack, validation_batches
+from mlxsft.errors import Diverged
+from mlxsft.training.checkpoints import Progress
+from mlxsft.training.events import Evaluated, Event, Finished, Sampled, Stepped
+from mlxsft.training.schedule import in_steps, learning_rate
+
+if TYPE_CHECKING:
+    from mlxsft.backends import Backend
+    from mlxsft.data.render import Example
+    from mlxsft.recipe import Recipe
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many updates a run makes, and after which of them it evaluates and saves."""
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: int) -> Plan:
+        per_epoch = math.ceil(rows / recipe.train.batch_size)
+        epochs = recipe.train.epochs if recipe.train.epochs is not None else 3.0
+        total = recipe.train.steps or max(1, round(epochs * per_epoch))
+        return cls(
+            per_epoch,
+            total,
+            max(1, in_steps(recipe.eval.every, total)),
+            max(1, in_steps(recipe.save.every, total)),
+        )
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.total_steps
+
+
+def train(
+    backend: Backend,
+    recipe: Recipe,
+    rows: Sequence[Example],
+    held_out: Sequence[Example],
+    *,
+    progress: Progress,
+    save: Callable[[Progress], Event],
+    answer: Callable[[str], str],
+    stop: Callable[[], bool],
+) -> Iterator[Event]:
+    """Train from `progress` to the end of the run, or until `stop()`; the state is saved before the generator ends.
+
+    The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
+    Raises Diverged when loss or gradient stay non-finite.
+    """
+    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop).events()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        recipe: Recipe,
+        rows: Sequence[Example],
+        held_out: Sequence[Example],
+        progress: Progress,
+        save: Callable[[Progress], Event],
+        answer: Callable[[str], str],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.backend, self.recipe = backend, recipe
+        self.rows, self.held_out = rows, held_out
+        self.progress = progress
+        self.save, self.answer, self.stop = save, answer, stop
+        self.plan = Plan.of(recipe, len(rows))
+        self.lengths = np.array([len(e.tokens) for e in rows])
+        self.order: tuple[int, list[np.ndarray]] | None = None  # the epoch, and its steps' rows
+        self.began = time.perf_counter() - progress.seconds
+        self.saved_at = progress.step
+        self.loss: float | None = None
+        self.valid_loss: float | None = None
+        self.skipped_in_a_row = 0
+
+    def events(self) -> Iterator[Event]:
+        while True:
+            if self._evaluation_is_due() and not self.stop():
+                yield from self._evaluate()
+            if self.plan.saves(self.progress.step) and self.saved_at != self.progress.step:
+                yield self._save()
+            if (reason := self._ended()) is not None:
+                break
+            yield self._update()
+        if self.saved_at != self.progress.step:
+            yield self._save()
+        yield self._finished(reason)
+
+    def _ended(self) -> str | None:
+        """Why there is no next step, or None."""
+        if self.progress.step >= self.plan.total_steps:
+            return "done"
+        patience = self.recipe.eval.patience
+        if patience is not None and self.progress.evaluations_since_best >= patience:
+            return "patience"
+        return "interrupted" if self.stop() else None
+
+    # --- one update ------------------------------------------------------------------------------------------------
+
+    def _rows_of(self, step: int) -> np.ndarray:
+        """The rows of a step (1-based)."""
+        epoch, position = divmod(step - 1, self.plan.steps_per_epoch)
+        if self.order is None or self.order[0] != epoch:
+            train = self.recipe.train
+            self.order = epoch, epoch_order(self.lengths, train.batch_size, seed=train.seed, epoch=epoch)
+        return self.order[1][position]
+
+    def _update(self) -> Event:
+        train, step = self.recipe.train, self.progress.step + 1
+        began = time.perf_counter()
+        rows = self._rows_of(step)
+        loss, trained, computed = 0.0, 0, 0
+        for group in micro_batches(rows, self.lengths, train.micro_batch_tokens):
+            batch = stack([self.rows[i] for i in group])
+            group_loss, group_trained = self.backend.accumulate(batch)
+            loss, trained, computed = loss + group_loss, trained + group_trained, computed + batch.tokens.size
+        rate = learning_rate(step, self.plan.total_steps, train)
+        norm = self.backend.apply(rate, train.clip_norm)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        self._count(step, trained, skipped)
+        self.loss = self.loss if skipped else loss / trained
+        return Stepped(
+            step=step,
+            epoch=step / self.plan.steps_per_epoch,
+            loss=None if skipped else loss / trained,
+            gradient_norm=None if skipped else norm,
+            learning_rate=rate,
+            trained_tokens=trained,
+            tokens=int(self.lengths[rows].sum()),
+            computed_tokens=computed,
+            seconds=time.perf_counter() - began,
+            peak_bytes=self.backend.peak_bytes(),
+            skipped=skipped,
+        )
+
+    def _count(self, step: int, trained: int, skipped: bool) -> None:
+        self.progress = replace(
+            self.progress,
+            step=step,
+            trained_tokens=self.progress.trained_tokens + (0 if skipped else trained),
+            skipped_steps=self.progress.skipped_steps + skipped,
+            seconds=time.perf_counter() - self.began,
+        )
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise Diverged(
+                f"step {step}: loss or gradient was not finite {self.skipped_in_a_row} times in a row",
+                "lower train.learning_rate; the last saved adapter is whole",
+            )
+
+    # --- evaluation and saving ---------------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.progress.step
+        return self.progress.evaluated_at != step and (step == 0 or self.plan.evaluates(step))
+
+    def _evaluate(self) -> Iterator[Event]:
+        step = self.progress.step
+        self.progress = replace(self.progress, evaluated_at=step)
+        if self.held_out:
+            yield self._validated(step)
+        for prompt in self.recipe.eval.samples:
+            yield Sampled(step, prompt, self.answer(prompt))
+
+    def _validated(self, step: int) -> Event:
+        began = time.perf_counter()
+        loss, tokens = validation_loss(self.backend, self.held_out, self.recipe.train.micro_batch_tokens)
+        best = math.isfinite(loss) and loss < (self.progress.best_valid_loss or math.inf)
+        self.valid_loss = loss if math.isfinite(loss) else None
+        self.progress = replace(
+            self.progress,
+            best_valid_loss=loss if best else self.progress.best_valid_loss,
+            evaluations_since_best=0 if best else self.progress.evaluations_since_best + 1,
+        )
+        return Evaluated(step, self.valid_loss, tokens, len(self.held_out), best, time.perf_counter() - began)
+
+    def _save(self) -> Event:
+        self.saved_at = self.progress.step
+        return self.save(self.progress)
+
+    def _finished(self, reason: str) -> Event:
+        return Finished(
+            reason=reason,
+            step=self.progress.step,
+            total_steps=self.plan.total_steps,
+            skipped_steps=self.progress.skipped_steps,
+            trained_tokens=self.progress.trained_tokens,
+            seconds=time.perf_counter() - self.began,
+            loss=self.loss,
+            valid_loss=self.valid_loss,
+            best_valid_loss=self.progress.best_valid_loss,
+        )
+
+
+def validation_loss(backend: Backend, rows: Sequence[Example], micro_batch_tokens: int) -> tuple[float, int]:
+    """The loss in nats a trained token over all rows, each once, in an order that never changes; and those tokens."""
+    lengths = np.array([len(e.tokens) for e in rows])
+    total, tokens = 0.0, 0
+    for group in validation_batches(lengths, micro_batch_tokens):
+        batch = stack([rows[i] for i in group])
+        total += float(backend.losses(batch).sum(dtype=np.float64))
+        tokens += int(batch.mask.sum())
+    return total / tokens, tokens

@@ -1,0 +1,210 @@
+"""Events → what people see while a run is under way: a live bar in a terminal, plain lines elsewhere, or JSON."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from mlxsft.training.events import Evaluated, Event, Finished, Noted, Sampled, Saved, Started, Stepped
+
+_LINE_SECONDS = 10.0  # how often a plain line is written
+
+
+class Report(Protocol):
+    """Something that shows events; a context manager around the whole run."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def show(self, event: Event) -> None: ...
+
+
+def make_report(*, as_json: bool) -> Report:
+    """JSON lines on stdout, a live bar where stderr is a terminal, or plain lines on stderr."""
+    if as_json:
+        return JsonReport(sys.stdout)
+    console = RichConsole(stderr=True, highlight=False)
+    return LiveReport(console) if console.is_terminal else PlainReport(console)
+
+
+class JsonReport:
+    """Every event as one line of JSON."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.out.flush()
+
+    def show(self, event: Event) -> None:
+        self.out.write(event.to_json() + "\n")
+        self.out.flush()
+
+
+class Rates:
+    """Rate and remaining time, from the last steps: the first are slower than the rest."""
+
+    def __init__(self) -> None:
+        self.recent: deque[Stepped] = deque(maxlen=20)
+
+    def add(self, event: Stepped) -> None:
+        self.recent.append(event)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the rows, prompts included and padding not, that went through the model in a second."""
+        return sum(e.tokens for e in self.recent) / max(1e-9, sum(e.seconds for e in self.recent))
+
+    def remaining(self, steps: int) -> str:
+        mean = sum(e.seconds for e in self.recent) / max(1, len(self.recent))
+        return duration(mean * steps)
+
+
+class PlainReport:
+    """Plain lines: one for what matters, and one for the steps every few seconds."""
+
+    def __init__(self, console: RichConsole) -> None:
+        self.console = console
+        self.rates = Rates()
+        self.total_steps = 0
+        self.written_at = -_LINE_SECONDS
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.total_steps = event.total_steps
+                for text in start_lines(event):
+                    self.line(text)
+            case Stepped():
+                self.rates.add(event)
+                self.step(event)
+            case _:
+                if text := event_line(event):
+                    self.line(text)
+
+    def step(self, event: Stepped) -> None:
+        now = time.monotonic()
+        if event.skipped or event.step in (1, self.total_steps) or now - self.written_at >= _LINE_SECONDS:
+            self.written_at = now
+            self.line(
+                f"step {event.step}/{self.total_steps}  epoch {event.epoch:.2f}  {loss_text(event)}  "
+                f"{self.rates.tokens_per_second:,.0f} tokens/s  "
+                f"ETA {self.rates.remaining(self.total_steps - event.step)}  peak {size(event.peak_bytes)}"
+            )
+
+
+class LiveReport(PlainReport):
+    """The same lines above a bar that moves."""
+
+    def __init__(self, console: RichConsole) -> None:
+        super().__init__(console)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            console=console,
+        )
+        self.task = self.bar.add_task("loading", total=None, status="")
+        self.valid = ""
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        super().show(event)
+        if isinstance(event, Started):
+            self.bar.update(self.task, description="training", total=event.total_steps, completed=event.step)
+        elif isinstance(event, Evaluated) and event.loss is not None:
+            self.valid = f"  valid {event.loss:.3f}"
+
+    def step(self, event: Stepped) -> None:
+        status = (
+            f"{loss_text(event)}{self.valid}  {self.rates.tokens_per_second:,.0f} tok/s  "
+            f"ETA {self.rates.remaining(self.total_steps - event.step)}  {size(event.peak_bytes)}"
+        )
+        self.bar.update(self.task, completed=event.step, status=status)
+        if event.skipped:
+            self.line(f"step {event.step}: {loss_text(event)}")
+
+
+def start_lines(event: Started) -> list[str]:
+    """What is about to be trained, on what, with which rows."""
+    share = event.trainable_parameters / event.parameters
+    rows = ", ".join(f"{n:,} {what}" for what, n in event.ledger.items() if what != "read")
+    steps = f"{event.total_steps} steps, {event.epochs:.3g} epochs"
+    return [
+        f"model     {event.model} ({event.parameters / 1e6:,.1f} M parameters), template {event.template}",
+        f"adapter   {event.trainable_parameters:,} trainable parameters ({share:.2%})",
+        f"rows      {event.ledger['read']:,} read = {rows}",
+        f"run       {steps}, {event.backend} on {event.device}"
+        + (f", going on after step {event.step}" if event.step else ""),
+    ]
+
+
+def event_line(event: Event) -> str:
+    """One line for an event that is not a step."""
+    match event:
+        case Noted():
+            return f"note      {event.message}"
+        case Evaluated():
+            loss = "not finite" if event.loss is None else f"{event.loss:.4f}{' (best)' * event.best}"
+            return f"step {event.step}  validation loss {loss} over {event.rows} rows, {event.tokens:,} tokens"
+        case Sampled():
+            return f"step {event.step}  {event.prompt!r} → {event.answer!r}"
+        case Saved():
+            return f"step {event.step}  saved {event.path}"
+        case Finished():
+            return finish_line(event)
+    return ""
+
+
+def finish_line(event: Finished) -> str:
+    how = {"done": "Done", "interrupted": "Interrupted", "patience": "Stopped early, validation no longer improves"}
+    parts = [f"{how[event.reason]} after {event.step} of {event.total_steps} steps in {duration(event.seconds)}"]
+    if event.loss is not None:
+        parts.append(f"loss {event.loss:.4f}")
+    if event.valid_loss is not None:
+        parts.append(f"validation {event.valid_loss:.4f}")
+    if event.best_valid_loss is not None:
+        parts.append(f"best {event.best_valid_loss:.4f}")
+    if event.skipped_steps:
+        parts.append(f"{event.skipped_steps} steps skipped because they were not finite")
+    return ", ".join(parts) + "."
+
+
+def loss_text(event: Stepped) -> str:
+    return "not finite, skipped" if event.loss is None else f"loss {event.loss:.4f}"
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def size(n: int) -> str:
+    """Bytes as people read them."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

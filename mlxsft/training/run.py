@@ -1,0 +1,171 @@
+"""A whole run: from a recipe to a run folder, as the events that happen on the way."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mlxsft import __version__
+from mlxsft.backends import Backend, load_backend
+from mlxsft.chat.generate import Sampling, answer_text
+from mlxsft.data.dataset import Dataset, data_files, file_hashes, load_dataset
+from mlxsft.data.formats import Turn
+from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.errors import InputRefused, UsageError
+from mlxsft.models.source import ModelSource, open_model
+from mlxsft.recipe import Recipe, dump_recipe
+from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
+from mlxsft.training.events import Event, Noted, Saved, Started
+from mlxsft.training.loop import Plan, train
+
+SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
+
+
+def run_training(
+    recipe: Recipe, folder: RunFolder, *, backend_name: str, resume: bool, force: bool, stop: Callable[[], bool]
+) -> Iterator[Event]:
+    """Everything that `mlxsft train` does, as events; the same events are in the folder's events.jsonl.
+
+    Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed
+    is not what was begun; else what reading, loading and training raise.
+    """
+    with folder.held():
+        _check_begun(folder, resume=resume, force=force)
+        source = open_model(recipe.model, revision=recipe.revision)
+        renderer = load_renderer(source, recipe.data.template)
+        dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
+        lock = _lock(recipe, source, renderer)
+        checkpoint = None
+        if resume:
+            _check_same(folder, recipe, lock)
+            checkpoint, damaged = folder.newest()
+            dataset.notes.extend(damaged)
+        else:
+            folder.clear()
+            folder.write_start(dump_recipe(recipe), lock)
+        backend = load_backend(backend_name, source)
+        backend.attach(recipe.adapter, recipe.train.seed)
+        backend.optimize(recipe.train)
+        for event in _events(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop):
+            folder.append(event)
+            yield event
+
+
+def _events(
+    recipe: Recipe,
+    folder: RunFolder,
+    source: ModelSource,
+    renderer: Renderer,
+    dataset: Dataset,
+    backend: Backend,
+    checkpoint: Checkpoint | None,
+    lock: Mapping[str, Any],
+    stop: Callable[[], bool],
+) -> Iterator[Event]:
+    progress = Progress()
+    if checkpoint is not None:
+        backend.load_adapter_state(checkpoint.adapter)
+        backend.load_optimizer_state(checkpoint.optimizer)
+        progress = checkpoint.progress
+    yield _started(recipe, source, renderer, dataset, backend, progress)
+    for note in [*renderer.notes, *dataset.notes, *backend.notes]:
+        yield Noted(note)
+    config = {**backend.adapter_config(), "mlxsft": passport(renderer, lock)}
+
+    def save(progress: Progress) -> Event:
+        state = backend.adapter_state()
+        path = folder.save(state, config, backend.optimizer_state(), progress, keep=recipe.save.keep)
+        return Saved(progress.step, str(path))
+
+    def answer(prompt: str) -> str:
+        return answer_text(backend, renderer, [Turn("user", prompt)], Sampling(), SAMPLE_TOKENS)
+
+    yield from train(
+        backend, recipe, dataset.train, dataset.valid, progress=progress, save=save, answer=answer, stop=stop
+    )
+
+
+def _started(
+    recipe: Recipe,
+    source: ModelSource,
+    renderer: Renderer,
+    dataset: Dataset,
+    backend: Backend,
+    progress: Progress,
+) -> Started:
+    plan = Plan.of(recipe, len(dataset.train))
+    total, trainable = backend.parameters()
+    return Started(
+        model=source.name,
+        backend=backend.name,
+        device=backend.device,
+        step=progress.step,
+        total_steps=plan.total_steps,
+        epochs=plan.total_steps / plan.steps_per_epoch,
+        parameters=total,
+        trainable_parameters=trainable,
+        ledger=dataset.ledger,
+        template=renderer.template.name,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
+    if resume and not folder.begun:
+        raise UsageError(f"{folder.path}: there is no run to resume in this folder", "leave out --resume to begin one")
+    if folder.begun and not resume and not force:
+        raise UsageError(
+            f"{folder.path}: this folder holds a run already",
+            "--resume goes on with it, --force begins anew and deletes it, another --out leaves it alone",
+        )
+
+
+def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer) -> dict[str, Any]:
+    """What the run stands on: hashes of base, template and rows, and versions."""
+    files = data_files(recipe.data.train)
+    if isinstance(recipe.data.valid, str):
+        files.append(Path(recipe.data.valid))
+    packages = ("mlx", "mlx-lm", "transformers", "torch", "numpy")
+    versions = {"mlxsft": __version__, "python": platform.python_version()}
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    return {
+        "base": {"name": source.name, "commit": source.commit, "sha256": source.hashes()},
+        "template": {"name": renderer.template.name, "sha256": renderer.template.sha256},
+        "data": file_hashes(files),
+        "versions": versions | {p: metadata.version(p) for p in packages if p in installed},
+    }
+
+
+def _check_same(folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any]) -> None:
+    """Raises UsageError or InputRefused, with the differences, when a resumed run would not be the run that began."""
+    before = folder.recipe.read_text(encoding="utf-8")
+    if before != dump_recipe(recipe):
+        old, new = set(before.splitlines()), set(dump_recipe(recipe).splitlines())
+        changed = "; ".join(sorted(line.strip() for line in old ^ new))
+        raise UsageError(
+            f"{folder.recipe}: the recipe is not the one that this run began with: {changed}",
+            f"resume with {folder.recipe}, or begin a new run with another --out",
+        )
+    then = folder.read_lock()
+    changed_parts = [part for part in ("base", "template", "data") if then.get(part) != lock[part]]
+    if changed_parts:
+        raise InputRefused(
+            f"{folder.lock}: changed since the run began: {', '.join(changed_parts)}",
+            "restore it, or begin a new run with another --out",
+        )
+
+
+def passport(renderer: Renderer, lock: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says about itself: what it was made on, and the template that its answers expect."""
+    template = renderer.template
+    return {
+        "version": __version__,
+        "base": lock["base"],
+        "data": {Path(file).name: sha256 for file, sha256 in lock["data"].items()},  # no paths of this machine
+        "template": {"name": template.name, "text": template.text, "sha256": template.sha256},
+        "end_tokens": sorted(renderer.end_tokens),
+    }
