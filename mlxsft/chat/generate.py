@@ -10,6 +10,7 @@ from typing import Literal
 from mlxsft.backends import Backend, Sampling
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer
+from mlxsft.errors import InputRefused
 
 __all__ = ["Answer", "Memory", "Sampling", "answer_text", "stream_answer"]
 
@@ -61,13 +62,15 @@ def stream_answer(
 ) -> Iterator[str]:
     """The text of the next answer as it comes; `answer`, where given, is filled in.
 
-    Stops at every end token of tokenizer, generation config and template, or after `max_tokens`. With a `memory`,
-    only what differs from the conversation so far is computed. Raises InputRefused where the template refuses.
+    Stops at every end token of tokenizer, generation config and template, after `max_tokens`, or at the model's last
+    position. With a `memory`, only what differs from the conversation so far is computed. Raises InputRefused where the
+    template refuses, or when the prompt leaves no position for an answer.
     """
     memory = memory or Memory(backend)
     answer = answer or Answer()
     began = time.perf_counter()
     prompt = renderer.prompt(turns)
+    max_tokens = min(max_tokens, _room(prompt, renderer.positions, max_tokens))
     rest = memory.rest_of(prompt)
     answer.prompt_tokens, answer.reused_tokens = len(prompt), len(prompt) - len(rest)
     text = renderer.tokenizer.stream()
@@ -97,6 +100,18 @@ def stream_answer(
     finally:
         stream.close()
         answer.seconds = time.perf_counter() - began
+
+
+def _room(prompt: Sequence[int], positions: int | None, wanted: int) -> int:
+    """How many tokens an answer may have."""
+    if positions is None:
+        return wanted
+    if len(prompt) >= positions:
+        raise InputRefused(
+            f"the prompt has {len(prompt)} tokens, and the model takes {positions} with the answer",
+            "Shorten it; in a chat, /clear begins anew.",
+        )
+    return positions - len(prompt)
 
 
 def _without(opening: str, text: str) -> tuple[str, str]:

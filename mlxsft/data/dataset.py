@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxsft.data.formats import Conversation, LeftOut, raise_for_broken, read_conversations
+from mlxsft.data.formats import Conversation, raise_for_broken, read_conversations
 from mlxsft.data.holdout import hold_out, normalise
 from mlxsft.data.render import Example, Renderer
+from mlxsft.data.rows import LeftOut, files_of
 from mlxsft.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -40,13 +41,18 @@ class Dataset:
 def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     """Every row that the recipe names, rendered, judged and counted.
 
-    Raises InputRefused with the file:line of every broken row, and when no row is left to train on.
+    No row is longer than the model's `positions`, whatever `data.max_tokens` says. Raises InputRefused with the
+    file:line of every broken row, and when no row is left to train on.
     """
-    train, left_out = _read(data_files(data.train), data, renderer)
-    valid: list[_Row] = []
     notes: list[str] = []
+    positions = renderer.positions
+    if positions is not None and positions < data.max_tokens:
+        notes.append(f"the model has {positions} positions: that is the longest row, not {data.max_tokens} tokens")
+        data = data.model_copy(update={"max_tokens": positions})
+    train, left_out = _read(data_paths(data)["train"], data, renderer, "train")
+    valid: list[_Row] = []
     if isinstance(data.valid, str):
-        valid, more_left_out = _read(data_files(data.valid), data, renderer)
+        valid, more_left_out = _read(data_paths(data)["valid"], data, renderer, "valid")
         left_out += more_left_out
     raise_for_broken([row for row in left_out if row.broken])
     if isinstance(data.valid, float) and train:
@@ -67,19 +73,25 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     return Dataset(_examples(train), _examples(valid), left_out, ledger, notes)
 
 
-def data_files(paths: str | Sequence[str]) -> list[Path]:
-    return [Path(p) for p in ([paths] if isinstance(paths, str) else paths)]
+def data_paths(data: DataRecipe) -> dict[str, list[Path]]:
+    """The files and folders that the recipe names, by what they are for: `train`, and `valid` where it is no share."""
+    named = {"train": data.train, "valid": data.valid}
+    return {
+        split: [Path(p) for p in ([paths] if isinstance(paths, str) else paths)]
+        for split, paths in named.items()
+        if isinstance(paths, str | tuple)
+    }
 
 
-def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file; of a folder, of the files in it."""
-    files = [f for p in paths for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+def data_hashes(data: DataRecipe) -> dict[str, str]:
+    """SHA-256 of every file that is read, by its path. Raises InputRefused for one that is not there."""
+    files = [file for split, paths in data_paths(data).items() for file in files_of(paths, split)]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer) -> tuple[list[_Row], list[LeftOut]]:
+def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str) -> tuple[list[_Row], list[LeftOut]]:
     rows, left_out = [], []
-    for row in read_conversations(paths, format=data.format, fill=data.fill):
+    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
         if isinstance(row, LeftOut):
             left_out.append(row)
             continue

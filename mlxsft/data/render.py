@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxsft.data.formats import Conversation, LeftOut, Origin, Turn
+from mlxsft.data.formats import Conversation, Turn
+from mlxsft.data.rows import LeftOut, Origin
 from mlxsft.data.time_limit import TimeLimitExceeded, time_limit
 from mlxsft.data.tokenizer import Tokenizer
 from mlxsft.errors import InputRefused, UsageError
@@ -83,7 +84,7 @@ def load_renderer(source: ModelSource, template: str | Template | None = None) -
     """
     tokenizer = Tokenizer.load(source)
     chosen = template if isinstance(template, Template) else choose_template(tokenizer, template, source.name)
-    return Renderer(tokenizer, chosen, source.end_token_ids(), source.embedding_rows)
+    return Renderer(tokenizer, chosen, source.end_token_ids(), source.embedding_rows, source.positions)
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None, model: str) -> Template:
@@ -116,15 +117,22 @@ class Renderer:
 
     `end_tokens` are the ids at which an answer ends: those of the tokenizer, of the model's configurations, and the
     end-of-turn token that the template writes. `opening` is what the template puts between the generation prompt and
-    the text of an answer (a space, mostly nothing). `notes` say what a person should know.
+    the text of an answer (a space, mostly nothing). `positions` is how many tokens the model takes, prompt and answer
+    together, None where it does not say. `notes` say what a person should know.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: Template, end_tokens: Iterable[int], embedding_rows: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        end_tokens: Iterable[int],
+        embedding_rows: int | None = None,
+        positions: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.notes: list[str] = []
+        self.positions = positions
         self._embedding_rows = embedding_rows
         self._options: dict[str, bool] = {}
         self._own_generation_prompt = True

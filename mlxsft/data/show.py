@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxsft.data.formats import Conversation, LeftOut, read_conversations
+from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.render import Example, Renderer
+from mlxsft.data.rows import LeftOut
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe

@@ -41,6 +41,18 @@ class ModelSource:
     embedding_rows: int | None  # every token id must be below; None where no embedding could be told
     files: tuple[str, ...]  # weight files, in order
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model was made for, None where config.json does not say.
+
+        A learned position beyond that would be read from foreign memory; a computed one was never trained.
+        """
+        text_config = self.config.get("text_config")
+        nested = text_config if isinstance(text_config, dict) else {}
+        names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+        found = (config[name] for config in (self.config, nested) for name in names if name in config)
+        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+
     def end_token_ids(self) -> frozenset[int]:
         """The ids that end an answer, by config.json and generation_config.json together."""
         text_config = self.config.get("text_config")

@@ -62,13 +62,14 @@ def train(
     save: Callable[[Progress], Event],
     answer: Callable[[str], str],
     stop: Callable[[], bool],
+    positions: int | None = None,
 ) -> Iterator[Event]:
     """Train from `progress` to the end of the run, or until `stop()`; the state is saved before the generator ends.
 
     The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
-    Raises Diverged when loss or gradient stay non-finite.
+    No batch is padded beyond the model's `positions`. Raises Diverged when loss or gradient stay non-finite.
     """
-    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop).events()
+    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop, positions).events()
 
 
 class _Run:
@@ -84,10 +85,12 @@ class _Run:
         save: Callable[[Progress], Event],
         answer: Callable[[str], str],
         stop: Callable[[], bool],
+        positions: int | None,
     ) -> None:
         self.backend, self.recipe = backend, recipe
         self.rows, self.held_out = rows, held_out
         self.progress = progress
+        self.positions = positions
         self.save, self.answer, self.stop = save, answer, stop
         self.plan = Plan.of(recipe, len(rows))
         self.lengths = np.array([len(e.tokens) for e in rows])
@@ -136,7 +139,7 @@ class _Run:
         rows = self._rows_of(step)
         loss, trained, computed = 0.0, 0, 0
         for group in micro_batches(rows, self.lengths, train.micro_batch_tokens):
-            batch = stack([self.rows[i] for i in group])
+            batch = stack([self.rows[i] for i in group], limit=self.positions)
             group_loss, group_trained = self.backend.accumulate(batch)
             loss, trained, computed = loss + group_loss, trained + group_trained, computed + batch.tokens.size
         rate = learning_rate(step, self.plan.total_steps, train)
@@ -189,7 +192,9 @@ class _Run:
 
     def _validated(self, step: int) -> Event:
         began = time.perf_counter()
-        loss, tokens = validation_loss(self.backend, self.held_out, self.recipe.train.micro_batch_tokens)
+        loss, tokens = validation_loss(
+            self.backend, self.held_out, self.recipe.train.micro_batch_tokens, positions=self.positions
+        )
         best = math.isfinite(loss) and loss < (self.progress.best_valid_loss or math.inf)
         self.valid_loss = loss if math.isfinite(loss) else None
         self.progress = replace(
@@ -217,12 +222,14 @@ class _Run:
         )
 
 
-def validation_loss(backend: Backend, rows: Sequence[Example], micro_batch_tokens: int) -> tuple[float, int]:
+def validation_loss(
+    backend: Backend, rows: Sequence[Example], micro_batch_tokens: int, *, positions: int | None = None
+) -> tuple[float, int]:
     """The loss in nats a trained token over all rows, each once, in an order that never changes; and those tokens."""
     lengths = np.array([len(e.tokens) for e in rows])
     total, tokens = 0.0, 0
     for group in validation_batches(lengths, micro_batch_tokens):
-        batch = stack([rows[i] for i in group])
+        batch = stack([rows[i] for i in group], limit=positions)
         total += float(backend.losses(batch).sum(dtype=np.float64))
         tokens += int(batch.mask.sum())
     return total / tokens, tokens

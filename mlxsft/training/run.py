@@ -12,7 +12,7 @@ from typing import Any
 from mlxsft import __version__
 from mlxsft.backends import Backend, load_backend
 from mlxsft.chat.generate import Sampling, answer_text
-from mlxsft.data.dataset import Dataset, data_files, file_hashes, load_dataset
+from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.errors import InputRefused, UsageError
@@ -85,7 +85,15 @@ def _events(
         return answer_text(backend, renderer, [Turn("user", prompt)], Sampling(), SAMPLE_TOKENS)
 
     yield from train(
-        backend, recipe, dataset.train, dataset.valid, progress=progress, save=save, answer=answer, stop=stop
+        backend,
+        recipe,
+        dataset.train,
+        dataset.valid,
+        progress=progress,
+        save=save,
+        answer=answer,
+        stop=stop,
+        positions=renderer.positions,
     )
 
 
@@ -126,16 +134,13 @@ def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
 
 def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer) -> dict[str, Any]:
     """What the run stands on: hashes of base, template and rows, and versions."""
-    files = data_files(recipe.data.train)
-    if isinstance(recipe.data.valid, str):
-        files.append(Path(recipe.data.valid))
     packages = ("mlx", "mlx-lm", "transformers", "torch", "numpy")
     versions = {"mlxsft": __version__, "python": platform.python_version()}
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     return {
         "base": {"name": source.name, "commit": source.commit, "sha256": source.hashes()},
         "template": {"name": renderer.template.name, "sha256": renderer.template.sha256},
-        "data": file_hashes(files),
+        "data": data_hashes(recipe.data),
         "versions": versions | {p: metadata.version(p) for p in packages if p in installed},
     }
 

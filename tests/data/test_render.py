@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mlxsft.data.formats import Conversation, LeftOut, Origin, Turn
+from mlxsft.data.formats import Conversation, Turn
 from mlxsft.data.render import Example, Renderer, Template, choose_template
+from mlxsft.data.rows import LeftOut, Origin
 from mlxsft.data.tokenizer import Tokenizer
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.recipe import DataRecipe

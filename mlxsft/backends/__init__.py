@@ -1,0 +1,165 @@
+"""The seam: what training, evaluation and chat ask of an array library, at the level of a step.
+
+Sums cross it, never means: losses are summed nats, gradients are added up inside, and `apply` divides by the trained
+tokens of the whole step. One row at a time, all rows at once and two machines therefore make the same update.
+`backends/mlx.py` and `backends/torch.py` have the same verbs in the same order, so that they read side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxsft.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlxsft.data.batches import Batch
+    from mlxsft.models.source import ModelSource
+    from mlxsft.recipe import AdapterRecipe, TrainRecipe
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy."""
+
+    temperature: float = 0.0  # 0: the likeliest token
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability; 1: all
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    min_p: float = 0.0  # only tokens at least this share as likely as the likeliest; 0: all
+    repetition_penalty: float | None = None  # of the last 20 tokens of this prompt and answer; above 1 repeats less
+    seed: int | None = None  # the same seed gives the same tokens; None: other ones each time
+
+
+class Backend(Protocol):
+    """A checkpoint in memory, frozen, with at most one adapter that can be trained."""
+
+    name: str  # mlx | torch
+    device: str  # cpu | gpu
+    notes: list[str]  # what the person should know, as sentences
+
+    # ---- adapter
+
+    def attach(self, adapter: AdapterRecipe, seed: int) -> None:
+        """Add a new adapter: A from `initial_lora_a`, B zero, so that the model answers as before.
+
+        Raises UsageError for targets or layers that the model does not have, all of them in one message.
+        """
+
+    def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
+        """Add a saved adapter: mlx-lm's adapter_config.json and its tensors.
+
+        Raises InputRefused with every missing, unexpected and wrongly shaped tensor.
+        """
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The adapter as mlx-lm's adapter_config.json describes it."""
+
+    # ---- training
+
+    def optimize(self, train: TrainRecipe) -> None:
+        """Begin training: optimizer state zero, step 0."""
+
+    def accumulate(self, batch: Batch) -> tuple[float, int]:
+        """(summed loss in nats, trained tokens) of a batch; the gradient of the sum is added up inside."""
+
+    def apply(self, learning_rate: float, clip_norm: float | None) -> float:
+        """One optimizer update from everything accumulated since the last one; its gradient norm before clipping.
+
+        The gradient is the accumulated one divided by all its trained tokens. When norm or loss is not finite nothing
+        is updated, the accumulated gradient is dropped, and the norm returned is not finite either.
+        """
+
+    def losses(self, batch: Batch) -> NDArray[np.float32]:
+        """[B, T]: the cross-entropy in nats of each `tokens[b, t]` that `mask` trains, 0 elsewhere; dropout is off."""
+
+    # ---- generation
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for `stream`."""
+
+    def trim(self, cache: Any, tokens: int) -> bool:
+        """Forget the last tokens of a cache; False where this model's cache cannot, and must then be thrown away."""
+
+    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+        """Token ids that follow the cache and `tokens` (at least one), without end; the caller closes it.
+
+        Whenever a token has been yielded, the cache holds the prompt and every token yielded, that one included.
+        """
+
+    # ---- state
+
+    def adapter_state(self) -> dict[str, NDArray[np.float32]]:
+        """The adapter's tensors, under mlx-lm's names and in mlx-lm's shapes."""
+
+    def load_adapter_state(self, tensors: Tensors) -> None:
+        """Put `adapter_state()` of another process back. Raises InputRefused as `attach_saved` does."""
+
+    def optimizer_state(self) -> dict[str, NDArray[np.float32]]:
+        """Everything beside the adapter that the next update depends on; `step` is the number of updates made."""
+
+    def load_optimizer_state(self, tensors: Tensors) -> None:
+        """Put `optimizer_state()` of another process back. Raises InputRefused as `attach_saved` does."""
+
+    # ---- facts
+
+    def peak_bytes(self) -> int:
+        """The most memory that arrays took since the model was loaded."""
+
+    def parameters(self) -> tuple[int, int]:
+        """(numbers in the model with its adapter, those of them that are trained)."""
+
+    def close(self) -> None:
+        """Give the memory back; the backend is of no use afterwards."""
+
+
+def load_backend(name: str, source: ModelSource) -> Backend:
+    """A verified checkpoint in memory; `name` is mlx, or auto for what this machine has.
+
+    Raises UsageError where the array library is not installed, InputRefused for a checkpoint that it cannot load.
+    """
+    if name not in ("auto", "mlx"):
+        raise UsageError(f"backend {name!r}: there is no such backend", "The backends are: auto, mlx.")
+    require_mlx()
+    from mlxsft.backends.mlx import MlxBackend
+
+    return MlxBackend(source)
+
+
+def require_mlx() -> None:
+    """Returns where MLX can be imported. Raises UsageError with the install command where it cannot."""
+    mac = sys.platform == "darwin" and platform.machine() == "arm64"
+    linux = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    if not (mac or linux):
+        here = f"{platform.system()} on {platform.machine()}"
+        raise UsageError(f"MLX does not exist for this machine ({here})", "It runs on Apple silicon and 64-bit Linux.")
+    install = f"pip install {'mlx' if mac else chr(34) + 'mlx[cpu]' + chr(34)} mlx-lm"
+    for package in ("mlx", "mlx_lm"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package.replace('_', '-')} is not installed", f"Install it: {install}")
+    try:
+        importlib.import_module("mlxsft.backends.mlx")  # finds the fast BLAS before it imports MLX
+    except ImportError as error:
+        raise UsageError(f"MLX cannot be imported: {error}", f"Install it anew: {install}") from error
+
+
+def initial_lora_a(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The first value of a LoRA A, from its tensor name and the seed alone: uniform within ±1/√inputs.
+
+    `shape` is mlx-lm's: [inputs, rank], or [experts, rank, inputs]. Both backends start with the same numbers.
+    """
+    inputs = shape[0] if len(shape) == 2 else shape[-1]
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
+    bound = 1 / np.sqrt(inputs)
+    values = np.random.default_rng([seed, *words.tolist()]).uniform(-bound, bound, shape)
+    return values.astype(np.float32)

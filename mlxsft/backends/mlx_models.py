@@ -1,0 +1,191 @@
+"""Checkpoints as mlx-lm's models: tensors repaired that it refuses, numbers turned to float32, targets found."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mlxsft.backends.blas import load_blas
+from mlxsft.errors import InputRefused, UsageError
+
+load_blas()  # before MLX is imported, which would take its own
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlxsft.models.source import ModelSource
+
+# What mlx-lm raises for config.json and tensors that it cannot use; it checks little itself.
+LOADING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, OSError)
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in|tok_embeddings)\.weight$")
+HEAD = "lm_head.weight"
+
+
+def load_checkpoint(source: ModelSource) -> nn.Module:
+    """mlx-lm's model of a checkpoint, its arrays not yet read. Raises InputRefused where mlx-lm has none for it."""
+    utils = mlx_lm("utils")
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or not kind.isidentifier():
+            raise ValueError(f"Model type {kind!r} not supported.")
+        model_class, arguments = utils._get_classes(config)
+        tied = config.get("tie_word_embeddings", True)
+        # Where the key is left out, transformers takes a Llama's head for one of its own, and mlx-lm drops it.
+        if HEAD in source.tensors and any(map(EMBEDDING.search, source.tensors)):
+            config.setdefault("tie_word_embeddings", False)
+        return repairing(model_class, tied), arguments
+
+    try:
+        model, _ = utils.load_model(source.folder, lazy=True, get_model_classes=classes)
+    except LOADING_ERRORS as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = re.sub(r"\s+", " ", f"{kind}{error}")
+        raise InputRefused(
+            f"{source.folder}: mlx-lm cannot load this checkpoint: {reason[:300]}",
+            f"Its model_type is {source.config.get('model_type')!r}; `pip install -U mlx-lm` may bring new ones.",
+        ) from error
+    return model
+
+
+def repairing(model_class: type, tied: bool) -> type:
+    """The model class, with a `sanitize` that first gives tensors the names that mlx-lm expects in a file."""
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        weights = repaired(weights, [name for name, _ in tree_flatten(self.parameters())], tied)
+        plain = getattr(model_class, "sanitize", None)
+        return plain(self, weights) if plain else weights
+
+    return type(model_class.__name__, (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__})
+
+
+def repaired(weights: dict[str, mx.array], own: list[str], tied: bool) -> dict[str, mx.array]:
+    """The tensors of a checkpoint that transformers loads, named so that mlx-lm does; `own` are the model's names."""
+    prefix = "transformer."  # of GPT-2 as transformers saves it; mlx-lm expects it as OpenAI published it
+    prefixed = all(name.startswith(prefix) or name == HEAD for name in weights)
+    if prefixed and not any(name.startswith(prefix) for name in own):
+        weights = {name.removeprefix(prefix): array for name, array in weights.items()}
+    if not any(name.endswith(".attn.bias") for name in own):  # GPT-2's causal mask, which is no parameter
+        weights = {name: a for name, a in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    if tied and HEAD in weights and not any(name.endswith(HEAD) for name in own):
+        _head_to_embedding(weights, own)
+    return weights
+
+
+def _head_to_embedding(weights: dict[str, mx.array], own: list[str]) -> None:
+    """Use the head of a tied model as its embedding where it has none; a head that differs from it stays, to fail."""
+    stored, expected = (list(filter(EMBEDDING.search, names)) for names in (weights, own))
+    if not stored and len(expected) == 1:
+        weights[expected[0]] = weights.pop(HEAD)
+    elif any(mx.array_equal(weights[name], weights[HEAD]).item() for name in stored):
+        del weights[HEAD]
+
+
+def make_float32(model: nn.Module) -> list[str]:
+    """Turn every number of a model into float32, quantized ones too, where memory allows; a note where it does not."""
+    if all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters())):
+        return []
+    needed, available = 4 * parameter_count(model), psutil.virtual_memory().available
+    if needed > 0.8 * available:  # a fifth is left for activations
+        return [
+            "the model stays in its own number format, which is slow on the CPU: as float32 it would need "
+            f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are available"
+        ]
+    model.set_dtype(mx.float32)  # the scales first, so that nothing is rounded when they are multiplied
+    mlx_lm("utils").dequantize_model(model)
+    model.set_dtype(mx.float32)
+    packed = sum(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+    return [f"{packed} matrices stay quantized, which is slow on the CPU"] if packed else []
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model has; a quantized one as many as before."""
+    return int(mlx_lm("utils").get_total_parameters(model))
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+def target_keys(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -> list[str]:
+    """mlx-lm's keys for the modules of the last `layers` layers that get an adapter.
+
+    `all-linear` is every linear module of a layer, experts included, but not the router that chooses among them: a
+    small change there sends tokens to other experts. A name is the end of a module's path in its layer (`q_proj`,
+    `self_attn.q_proj`), or the whole path of a module outside the layers (`lm_head`, `model.embed_tokens`). Raises
+    UsageError with every name that fits no module.
+    """
+    chosen = model.layers[-layers:]
+    inside = {path for layer in chosen for path, module in layer.named_modules() if _takes_lora(module)}
+    if targets == "all-linear":
+        routers = {path for layer in chosen for path in _routers(layer)}
+        embeddings = {path for layer in chosen for path, module in layer.named_modules() if _is_embedding(module)}
+        return sorted(inside - routers - embeddings)
+    in_layers = {id(module) for layer in model.layers for module in layer.modules()}
+    outside = {path for path, m in model.named_modules() if id(m) not in in_layers and _takes_lora(m)}
+    found = {name: {p for p in inside if f".{p}".endswith(f".{name}")} | (outside & {name}) for name in targets}
+    if unknown := [name for name, paths in found.items() if not paths]:
+        names = sorted({path.rpartition(".")[2] for path in inside} | outside)
+        guesses = [guess for name in unknown for guess in get_close_matches(name, names, n=1)]
+        meant = f"; did you mean {', '.join(guesses)}?" if guesses else ""
+        raise UsageError(
+            f"adapter.targets: no module of the chosen layers is named {', '.join(unknown)}{meant}",
+            f"There are: {', '.join(names)}.",
+        )
+    return sorted(set().union(*found.values()))
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    linear = (nn.Linear, nn.QuantizedLinear)
+    return hasattr(module, "to_lora") or isinstance(module, (*linear, *_expert_types())) or _is_embedding(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+
+
+def _expert_types() -> tuple[Any, ...]:
+    switch = mlx_lm("models.switch_layers")
+    return (switch.SwitchLinear, switch.QuantizedSwitchLinear)
+
+
+def _routers(layer: nn.Module) -> Iterator[str]:
+    """Paths of the linear modules beside the experts that have an output for each of them, or a single one."""
+    experts = _expert_types()
+    for path, block in layer.named_modules():
+        count = max((module.num_experts for module in block.modules() if isinstance(module, experts)), default=0)
+        for name, module in block.children().items():
+            if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and module.weight.shape[0] in {count, 1} and count:
+                yield f"{path}.{name}".lstrip(".")
+
+
+# ---- mlx-lm ---------------------------------------------------------------------------------------------------------
+
+
+def mlx_lm(module: str) -> Any:
+    """A module of mlx-lm, imported without lowering the number of files that this process may open.
+
+    mlx-lm sets RLIMIT_NOFILE when it is imported, and the hard limit with it, which only root could raise again.
+    """
+    import resource  # MLX exists on POSIX systems only
+
+    if "mlx_lm" in sys.modules:
+        return importlib.import_module(f"mlx_lm.{module}")
+
+    def raise_soft_limit(kind: int, limits: tuple[int, int]) -> None:
+        soft, hard = resource.getrlimit(kind)
+        if 0 <= soft < limits[0]:  # negative: no limit
+            setrlimit(kind, (limits[0] if hard < 0 else min(limits[0], hard), hard))
+
+    setrlimit, resource.setrlimit = resource.setrlimit, raise_soft_limit
+    try:
+        return importlib.import_module(f"mlx_lm.{module}")
+    finally:
+        resource.setrlimit = setrlimit
