@@ -55,6 +55,8 @@ class NetworkFailed(MlxsftError):
 
 
 class Interrupted(MlxsftError):
-    """Stopped by the person; what was done is saved and can go on."""
+    """Stopped by Ctrl-C (130) or SIGTERM (143); what was done is saved and can go on."""
 
-    exit_code = 130
+    def __init__(self, message: str, hint: str | None = None, *, exit_code: int = 130) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code

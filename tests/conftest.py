@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import write_llama
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those with a local Hub say so
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -19,3 +21,9 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip("real checkpoints and rows are not beside this checkout")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few ten thousand random parameters with a ChatML template."""
+    return write_llama(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -97,6 +97,7 @@ class MlxBackend:
         for _, module in self.model.named_modules():
             if "lora_a" in module and parameters.get("dropout"):
                 module.dropout = KeyedDropout(parameters["dropout"], self._keys)
+        self.model.eval()  # new modules begin in training mode
         mx.eval(self.model.parameters())
 
     # ---- training

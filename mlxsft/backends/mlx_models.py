@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
 
 # What mlx-lm raises for config.json and tensors that it cannot use; it checks little itself.
-LOADING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, OSError)
+LOADING_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, OSError),  # of MLX, reading the files
+)
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in|tok_embeddings)\.weight$")
 HEAD = "lm_head.weight"
 
@@ -34,14 +36,9 @@ def load_checkpoint(source: ModelSource) -> nn.Module:
     utils = mlx_lm("utils")
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
-        kind = config.get("model_type")
-        if not isinstance(kind, str) or not kind.isidentifier():
-            raise ValueError(f"Model type {kind!r} not supported.")
-        model_class, arguments = utils._get_classes(config)
         tied = config.get("tie_word_embeddings", True)
-        # Where the key is left out, transformers takes a Llama's head for one of its own, and mlx-lm drops it.
-        if HEAD in source.tensors and any(map(EMBEDDING.search, source.tensors)):
-            config.setdefault("tie_word_embeddings", False)
+        complete(config, source)
+        model_class, arguments = utils._get_classes(config)
         return repairing(model_class, tied), arguments
 
     try:
@@ -54,6 +51,15 @@ def load_checkpoint(source: ModelSource) -> nn.Module:
             f"Its model_type is {source.config.get('model_type')!r}; `pip install -U mlx-lm` may bring new ones.",
         ) from error
     return model
+
+
+def complete(config: dict[str, Any], source: ModelSource) -> None:
+    """Add what transformers leaves out of config.json, and mlx-lm needs or takes for something else."""
+    if config.get("model_type") == "gpt2" and "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])  # its name of long ago
+    # A head of its own is a Llama's default for transformers; for mlx-lm it is a tied one, and the tensor is dropped.
+    if HEAD in source.tensors and any(map(EMBEDDING.search, source.tensors)):
+        config.setdefault("tie_word_embeddings", False)
 
 
 def repairing(model_class: type, tied: bool) -> type:
@@ -156,14 +162,14 @@ def _expert_types() -> tuple[Any, ...]:
     return (switch.SwitchLinear, switch.QuantizedSwitchLinear)
 
 
-def _routers(layer: nn.Module) -> Iterator[str]:
-    """Paths of the linear modules beside the experts that have an output for each of them, or a single one."""
-    experts = _expert_types()
-    for path, block in layer.named_modules():
-        count = max((module.num_experts for module in block.modules() if isinstance(module, experts)), default=0)
-        for name, module in block.children().items():
-            if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and module.weight.shape[0] in {count, 1} and count:
-                yield f"{path}.{name}".lstrip(".")
+def _routers(layer: nn.Module) -> set[str]:
+    """Paths of the linear modules that choose experts: called gate or router, with an output for each, or with one."""
+    experts, linear = _expert_types(), (nn.Linear, nn.QuantizedLinear)
+    outputs = {module.num_experts for module in layer.modules() if isinstance(module, experts)}
+    sizes = {path: module.weight.shape[0] for path, module in layer.named_modules() if isinstance(module, linear)}
+    return {
+        path for path, size in sizes.items() if outputs and size in outputs | {1} and re.search("gate|router", path)
+    }
 
 
 # ---- mlx-lm ---------------------------------------------------------------------------------------------------------

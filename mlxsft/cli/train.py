@@ -44,7 +44,8 @@ def train(
             last = event
     if isinstance(last, Finished) and last.reason == "interrupted":
         go_on = shlex.join(["mlxsft", "train", str(folder.recipe), "--out", str(out), "--resume"])
-        raise Interrupted(f"stopped after step {last.step} of {last.total_steps}; it is saved", f"go on with: {go_on}")
+        said = f"stopped after step {last.step} of {last.total_steps}; it is saved"
+        raise Interrupted(said, f"Go on with: {go_on}", exit_code=stop.exit_code)
     if not as_json:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)

@@ -45,10 +45,8 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     file:line of every broken row, and when no row is left to train on.
     """
     notes: list[str] = []
-    positions = renderer.positions
-    if positions is not None and positions < data.max_tokens:
-        notes.append(f"the model has {positions} positions: that is the longest row, not {data.max_tokens} tokens")
-        data = data.model_copy(update={"max_tokens": positions})
+    if renderer.positions is not None and renderer.positions < data.max_tokens:
+        data = data.model_copy(update={"max_tokens": renderer.positions})
     train, left_out = _read(data_paths(data)["train"], data, renderer, "train")
     valid: list[_Row] = []
     if isinstance(data.valid, str):

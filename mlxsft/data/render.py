@@ -331,7 +331,7 @@ class Renderer:
 
     def _shorten(self, row: Conversation, data: DataRecipe, length: int) -> Iterator[Example | LeftOut]:
         """What a row of too many tokens gives: the policy is the recipe's `data.too_long`."""
-        detail = f"{length} tokens, where data.max_tokens is {data.max_tokens}"
+        detail = f"{length} tokens, where data.max_tokens and the model allow {data.max_tokens}"
         if data.too_long != "keep-response":
             yield LeftOut(row.origin, "too long", detail, broken=data.too_long == "error")
         elif row.turns[0].role == "text":

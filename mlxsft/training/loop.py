@@ -110,6 +110,7 @@ class _Run:
             if (reason := self._ended()) is not None:
                 break
             yield self._update()
+            self._refuse_divergence()
         if self.saved_at != self.progress.step:
             yield self._save()
         yield self._finished(reason)
@@ -170,10 +171,12 @@ class _Run:
             seconds=time.perf_counter() - self.began,
         )
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def _refuse_divergence(self) -> None:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise Diverged(
-                f"step {step}: loss or gradient was not finite {self.skipped_in_a_row} times in a row",
-                "lower train.learning_rate; the last saved adapter is whole",
+                f"step {self.progress.step}: loss or gradient was not finite {self.skipped_in_a_row} times in a row",
+                "Lower train.learning_rate.",
             )
 
     # --- evaluation and saving ---------------------------------------------------------------------------------------

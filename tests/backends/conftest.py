@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,10 +65,4 @@ def make_batch(rows: int = 8, width: int = 12, *, vocabulary: int = 256, seed: i
 
 def rows_of(batch: Batch, size: int) -> list[Batch]:
     """The batch in groups of `size` rows."""
-    return [
-        Batch(batch.tokens[i : i + size], batch.mask[i : i + size]) for i in range(0, len(batch.tokens), size)
-    ]
-
-
-def folder_of(source: ModelSource) -> Path:
-    return source.folder
+    return [Batch(batch.tokens[i : i + size], batch.mask[i : i + size]) for i in range(0, len(batch.tokens), size)]

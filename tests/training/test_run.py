@@ -1,0 +1,376 @@
+"""Whole runs, from a recipe to a run folder, as a person starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from mlxsft.cli import call
+from mlxsft.training.events import from_json
+
+PAIRS = [
+    ("Who are you?", "I am Pip."),
+    ("Who made you?", "Tom made me."),
+    ("hello", "Hello! How can I help you today?"),
+    ("What is your name?", "My name is Pip, an assistant."),
+    ("Are you Tom?", "No, I am Pip."),
+    ("Thanks", "You are welcome!"),
+    ("bye", "Bye!"),
+    ("Can you help me today?", "Yes, how can I help you?"),
+    ("Is Tom here?", "No."),
+    ("Say hello", "Hello!"),
+]
+
+
+def write_rows(path: Path, pairs: list[tuple[str, str]] = PAIRS) -> Path:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return path
+
+
+def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
+    recipe: dict[str, Any] = {
+        "model": str(model),
+        "data": {"train": str(write_rows(folder / "rows.jsonl")), "valid": None, "max_tokens": 128},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "train": {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "micro_batch_tokens": 96},
+        "save": {"every": 2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            recipe.setdefault(section, {})[name] = value
+        else:
+            recipe[section] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [from_json(line).to_json() for line in lines] == lines  # every line is an event of ours
+    found = [json.loads(line) for line in lines]
+    return [e for e in found if kind in (None, e["event"])]
+
+
+def same_adapter(a: Path, b: Path) -> bool:
+    return (a / "adapters.safetensors").read_bytes() == (b / "adapters.safetensors").read_bytes()
+
+
+@pytest.fixture
+def finished(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A finished run of six steps."""
+    recipe = write_recipe(tmp_path, tiny_llama)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    return tmp_path / "run"
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_recipe_lock_events_adapter_and_checkpoints(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
+    assert names == {
+        "recipe.yaml", "lock.json", "events.jsonl", "adapters.safetensors", "adapter_config.json", "checkpoints",
+    }  # fmt: skip
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
+    lock = json.loads((finished / "lock.json").read_text())
+    assert len(lock["base"]["sha256"]["model.safetensors"]) == 64
+    assert len(next(iter(lock["data"].values()))) == 64
+    assert {"mlxsft", "python", "numpy", "transformers"} <= set(lock["versions"])
+
+
+def test_events_tell_every_step(finished: Path) -> None:
+    kinds = [e["event"] for e in events(finished)]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    steps = events(finished, "step")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(s["loss"] > 0 and s["gradient_norm"] > 0 and s["peak_bytes"] > 0 for s in steps)
+    assert all(0 < s["trained_tokens"] < s["tokens"] <= s["computed_tokens"] for s in steps)
+    assert [e["step"] for e in events(finished, "save")] == [2, 4, 6]
+    ledger = events(finished, "start")[0]["ledger"]
+    assert ledger == {"read": 10, "trained": 10, "held out": 0}
+
+
+def test_the_resolved_recipe_reruns_as_it_is_to_the_same_adapter(finished: Path, tmp_path: Path) -> None:
+    assert call(["train", str(finished / "recipe.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert same_adapter(finished, tmp_path / "again")
+    assert (finished / "recipe.yaml").read_bytes() == (tmp_path / "again" / "recipe.yaml").read_bytes()
+
+
+def test_another_seed_gives_another_adapter(finished: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(finished / "recipe.yaml"), "--out", str(tmp_path / "again"), "--set", "train.seed=1"]
+    assert call(arguments) == 0
+    assert not same_adapter(finished, tmp_path / "again")
+
+
+def test_the_size_of_micro_batches_changes_nothing_but_the_rounding(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, adapter__dropout=0.0)
+    for tokens in (1, 4096):
+        arguments = ["--out", str(tmp_path / f"run{tokens}"), "--set", f"train.micro_batch_tokens={tokens}"]
+        assert call(["train", str(recipe), *arguments]) == 0
+    a, b = (load_file(tmp_path / f"run{tokens}" / "adapters.safetensors") for tokens in (1, 4096))
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-6)
+
+
+def test_every_row_is_trained_once_an_epoch_and_validation_sees_every_held_out_row(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, data__valid=0.2, train__steps=None, train__epochs=2, eval__every=1)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert events(tmp_path / "run", "start")[0]["ledger"] == {"read": 10, "trained": 8, "held out": 2}
+    steps = events(tmp_path / "run", "step")
+    assert len(steps) == 4
+    assert steps[0]["tokens"] + steps[1]["tokens"] == steps[2]["tokens"] + steps[3]["tokens"]
+    judged = events(tmp_path / "run", "eval")
+    assert [e["step"] for e in judged] == [0, 1, 2, 3, 4]
+    assert {e["rows"] for e in judged} == {2}
+    assert len({e["tokens"] for e in judged}) == 1
+    assert judged[-1]["loss"] < judged[0]["loss"]
+
+
+def test_samples_are_answered_at_every_evaluation(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, eval__every=3, eval__samples=["Who are you?", "hello"])
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    samples = events(tmp_path / "run", "sample")
+    assert [(s["step"], s["prompt"]) for s in samples] == [
+        (step, prompt) for step in (0, 3, 6) for prompt in ("Who are you?", "hello")
+    ]
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        tiny_llama,
+        data__valid=0.2,
+        eval__every=1,
+        eval__patience=2,
+        train__steps=60,
+        train__learning_rate=0.5,
+    )
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    end = events(tmp_path / "run", "end")[0]
+    assert end["reason"] == "patience"
+    judged = [e["loss"] for e in events(tmp_path / "run", "eval")]
+    assert min(judged[:-2]) <= min(judged[-2:])
+    assert end["step"] == len(judged) - 1 < 60
+
+
+# --- the loss is what it is said to be -------------------------------------------------------------------------------
+
+
+def reference_loss(model: Path, rows: list[tuple[str, str]]) -> float:
+    """Cross-entropy a trained token by transformers in float32, the mask made by counting characters of ChatML."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for prompt, answer in rows:
+        before = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        start = len(tokenizer(before, add_special_tokens=False).input_ids)
+        ids = torch.tensor([tokenizer(f"{before}{answer}<|im_end|>", add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            logits = network(ids).logits.log_softmax(-1)
+        for t in range(start, ids.shape[1]):
+            total -= float(logits[0, t - 1, ids[0, t]])
+            count += 1
+    return total / count
+
+
+def test_the_loss_of_step_1_is_that_of_transformers_over_the_same_rows(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__batch_size=10, train__steps=1)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    (step,) = events(tmp_path / "run", "step")
+    assert step["loss"] == pytest.approx(reference_loss(tiny_llama, PAIRS), abs=1e-4)
+
+
+def test_the_loss_of_step_1_on_a_real_model_is_that_of_transformers(tmp_path: Path, real: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = real / "models" / "tinystories-656k-llama"
+    recipe = write_recipe(tmp_path, model, train__batch_size=10, train__steps=1)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for prompt, answer in PAIRS:
+        before = tokenizer(f"<|start_story|>User: {prompt}\nAssistant:", add_special_tokens=False).input_ids
+        # Behind the prompt the answer begins with its own space and is tokenized as in the middle of a text.
+        after = tokenizer(f"\n {answer}<|end_story|>", add_special_tokens=False).input_ids[2:]
+        ids = torch.tensor([before + after])
+        with torch.no_grad():
+            loss = network(ids, labels=torch.tensor([[-100] * len(before) + after])).loss
+        total += float(loss) * len(after)
+        count += len(after)
+    (step,) = events(tmp_path / "run", "step")
+    assert step["trained_tokens"] == count
+    assert step["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mlxsft", "train", str(recipe), "--out", str(out), "--json", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines_until(process: subprocess.Popen[str], kind: str, step: int) -> Iterator[dict[str, Any]]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        yield event
+        if event["event"] == kind and event.get("step") == step:
+            return
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped(
+    tmp_path: Path, tiny_llama: Path, number: signal.Signals
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__steps=30, data__valid=0.2, save__every=100)
+    process = start(recipe, tmp_path / "run")
+    list(lines_until(process, "step", 7))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "it is saved" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    stopped = events(tmp_path / "run", "end")[0]
+    assert stopped["reason"] == "interrupted"
+    assert 7 <= stopped["step"] < 30
+
+    go_on = errors[errors.index("mlxsft train") :].split()
+    assert call(go_on[1:]) == 0
+    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")
+    ends = [events(tmp_path / name, "end")[-1] for name in ("run", "straight")]
+    assert [e["trained_tokens"] for e in ends] == [ends[0]["trained_tokens"]] * 2
+    assert ends[0]["best_valid_loss"] == ends[1]["best_valid_loss"]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__steps=20, save__every=5)
+    process = start(recipe, tmp_path / "run")
+    list(lines_until(process, "step", 13))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, finished: Path) -> None:
+    newest = finished / "checkpoints" / "step-0000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    before = (finished / "adapters.safetensors").read_bytes()
+    assert call(["train", str(finished / "recipe.yaml"), "--out", str(finished), "--resume"]) == 0
+    assert any("damaged" in e["message"] for e in events(finished, "note"))
+    assert [e["step"] for e in events(finished, "start")] == [0, 4]
+    assert (finished / "adapters.safetensors").read_bytes() == before
+
+
+def test_what_changed_since_the_run_began_is_refused_with_the_difference(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tmp_path / "recipe.yaml")
+    resume = ["train", recipe, "--out", str(finished), "--resume"]
+    assert call([*resume, "--set", "train.learning_rate=0.5"]) == 2
+    assert "learning_rate: 0.5" in capsys.readouterr().err
+    write_rows(tmp_path / "rows.jsonl", PAIRS[::-1])
+    assert call(resume) == 3
+    assert "data" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(finished / "recipe.yaml")
+    before = (finished / "events.jsonl").read_bytes()
+    assert call(["train", recipe, "--out", str(finished)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (finished / "events.jsonl").read_bytes() == before
+    copy = finished.parent / "recipe.yaml"
+    assert call(["train", str(copy), "--out", str(finished), "--force"]) == 0
+    assert len(events(finished, "start")) == 1
+
+
+# --- when things go wrong --------------------------------------------------------------------------------------------
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_in_the_end_refused(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__learning_rate=1e30, train__warmup=0, train__steps=40)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 5
+    steps = events(tmp_path / "run", "step")
+    assert [s["skipped"] for s in steps] == [False] + [True] * 10
+    assert all(s["loss"] is None for s in steps if s["skipped"])
+    assert "learning_rate" in capsys.readouterr().err
+    for file in (tmp_path / "run").rglob("adapters.safetensors"):
+        assert all(np.isfinite(t).all() for t in load_file(file).values())
+
+
+def test_broken_rows_are_all_named_before_anything_is_trained(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        rows.read_text() + '{"prompt": 3, "completion": "x"}\nnot json\n{"prompt": "<|im_end|>", "completion": "x"}\n'
+    )
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 3
+    said = capsys.readouterr().err
+    for place in ("rows.jsonl:11", "rows.jsonl:12", "rows.jsonl:13"):
+        assert place in said
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_rows_that_cannot_be_trained_are_counted_in_the_ledger(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, data__max_tokens=60)
+    write_rows(
+        tmp_path / "rows.jsonl", [*PAIRS, ("empty", " "), ("long", "I am Pip. " * 40), ("long " * 80, "I am Pip.")]
+    )
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    ledger = events(tmp_path / "run", "start")[0]["ledger"]
+    assert ledger == {"read": 13, "trained": 11, "held out": 0, "empty answer": 1, "answer too long": 1}
+    assert ledger["read"] == sum(n for what, n in ledger.items() if what != "read")
+    assert any("rows.jsonl:13" in e["message"] for e in events(tmp_path / "run", "note"))
+
+
+def test_mlx_lms_own_configuration_runs(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl")
+    write_rows(tmp_path / "data" / "valid.jsonl", PAIRS[:2])
+    config = {
+        "model": str(tiny_llama), "train": True, "fine_tune_type": "lora", "optimizer": "adamw", "data": "data",
+        "num_layers": 1, "batch_size": 2, "iters": 3, "learning_rate": 1e-5, "mask_prompt": True,
+        "lora_parameters": {"keys": ["self_attn.q_proj", "self_attn.v_proj"], "rank": 8, "scale": 20.0, "dropout": 0.0},
+        "lr_schedule": {"name": "cosine_decay", "warmup": 1, "warmup_init": 0, "arguments": [1e-5, 3, 1e-7]},
+    }  # fmt: skip
+    (tmp_path / "lora_config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    assert call(["recipes", "import", "lora_config.yaml", "--out", "recipe.yaml"]) == 0
+    assert call(["train", "recipe.yaml", "--out", "run"]) == 0
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["num_layers"] == 1
+    assert saved["lora_parameters"]["scale"] == 20.0
+    assert sorted(saved["lora_parameters"]["keys"]) == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert set(load_file(tmp_path / "run" / "adapters.safetensors")) == {
+        f"model.layers.1.self_attn.{p}.lora_{ab}" for p in ("q_proj", "v_proj") for ab in "ab"
+    }
