@@ -74,9 +74,28 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray
     return tensors
 
 
-def write_llama(folder: Path, *, layers: int = 2, tied: bool = True, seed: int = 0, **tokenizer: Any) -> Path:
+def copy_tokenizer(source: Path, folder: Path) -> int:
+    """Another checkpoint's tokenizer; how many ids it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    added = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    return max(
+        added, 1 + max(map(int, json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]))
+    )
+
+
+def write_llama(
+    folder: Path,
+    *,
+    layers: int = 2,
+    tied: bool = True,
+    seed: int = 0,
+    tokenizer_from: Path | None = None,
+    **tokenizer: Any,
+) -> Path:
     """A Llama checkpoint of a few ten thousand parameters in `folder`."""
-    rows = write_tokenizer(folder, **tokenizer)
+    rows = copy_tokenizer(tokenizer_from, folder) if tokenizer_from else write_tokenizer(folder, **tokenizer)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,0 +1,213 @@
+"""`generate` and `chat`, as people and scripts use them, on an adapter that has learned its rows by heart."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mlxsft.backends import Sampling, load_backend
+from mlxsft.chat.generate import Answer, Memory, stream_answer
+from mlxsft.chat.session import Chat
+from mlxsft.cli import call
+from mlxsft.data.formats import Turn
+from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.models.source import open_model
+from tests.tiny import write_llama
+from tests.training.test_run import PAIRS, write_recipe
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and a run on it that learned ten answers by heart."""
+    folder = tmp_path_factory.mktemp("tuned")
+    model = write_llama(folder / "model")
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "model.embed_tokens"]
+    recipe = write_recipe(
+        folder, model, adapter={"rank": 32, "alpha": 128, "targets": everything},
+        train={"epochs": 120, "batch_size": 4, "learning_rate": 0.005}, save__every=1.0,
+    )  # fmt: skip
+    assert call(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    return model, folder / "run"
+
+
+def test_generate_writes_the_trained_answer_alone_and_stops_by_itself(
+    tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for prompt, answer in PAIRS:
+        assert call(["generate", str(tuned[0]), prompt, "--adapter", str(tuned[1])]) == 0
+        assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_generate_takes_its_prompt_from_stdin(tuned: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "mlxsft", "generate", str(tuned[0]), "--adapter", str(tuned[1])]
+    ran = subprocess.run(command, input="Who are you?", capture_output=True, text=True, check=True)
+    assert ran.stdout == "I am Pip.\n"
+
+
+def test_generate_as_json_tells_text_finish_and_figures(
+    tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(tuned[0]), "Who are you?", "--adapter", str(tuned[1]), "--json"]
+    assert call(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["text"], told["finish"], told["reused_tokens"]) == ("I am Pip.", "stop", 0)
+    assert told["tokens"] > 0
+    assert call([*arguments, "--max-tokens", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["finish"] == "length"
+
+
+def test_the_same_seed_samples_the_same_text(tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        arguments = ["--temperature", "3", "--seed", str(seed), "--max-tokens", "20"]
+        assert call(["generate", str(tuned[0]), "hello", *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", "MODEL", "  "], 2, "empty"),
+        (["generate", "/no/such/folder", "hi"], 3, "no such folder"),
+        (["generate", "MODEL", "hi", "--adapter", "/no/such/run"], 3, "no such adapter folder"),
+        (["generate", "MODEL", "hi", "--template", "nonesuch"], 2, "neither built in nor a file"),
+        (["generate", "MODEL", "hi", "--max-tokens", "0"], 2, "max-tokens"),
+        (["generate", "MODEL", "hello " * 600], 3, "512"),
+        (["chat", "MODEL", "--adapter", "/no/such/run"], 3, "no such adapter folder"),
+        (["generate", "MODEL", "hi", "--backend", "abacus"], 2, "abacus"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+) -> None:
+    assert call([str(tuned[0]) if a == "MODEL" else a for a in arguments]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert words in said.err
+    assert "Traceback" not in said.err
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_tensors(
+    tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_llama(tmp_path / "other", layers=1)
+    assert call(["generate", str(other), "hi", "--adapter", str(tuned[1])]) == 3
+    assert "model.layers.1.self_attn.q_proj.lora_a" in capsys.readouterr().err
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def loaded(tuned: tuple[Path, Path]) -> tuple[Chat, io.StringIO, io.StringIO]:
+    from mlxsft.chat.load import load_for_chat
+
+    backend, renderer = load_for_chat(str(tuned[0]), tuned[1], revision=None, template=None, backend_name="mlx")
+    out, notes = io.StringIO(), io.StringIO()
+    return Chat(backend, renderer, sampling=Sampling(), max_tokens=40, out=out, notes=notes), out, notes
+
+
+def test_a_turn_computes_only_what_is_new_and_answers_as_if_all_were_computed(tuned: tuple[Path, Path]) -> None:
+    chat, out, _ = loaded(tuned)
+    questions = ["Who are you?", "Who made you?", "bye"]
+    answers = [chat.say(q) for q in questions]
+    assert answers[0].text == "I am Pip."
+    assert answers[0].reused_tokens == 0
+    for before, now in pairwise(answers):
+        assert now.reused_tokens >= before.prompt_tokens + before.tokens  # the end token was computed as well
+    turns = [t for t in chat.turns if t is not chat.turns[-1]]
+    fresh = Answer()
+    "".join(stream_answer(chat.backend, chat.renderer, turns, Sampling(), 40, answer=fresh))
+    assert (fresh.text, fresh.reused_tokens) == (answers[-1].text, 0)
+    assert out.getvalue().splitlines() == [a.text for a in answers]
+
+
+def test_a_cache_that_disagrees_with_the_prompt_is_cut_back_to_where_they_agree(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    memory = Memory(chat.backend)
+    ask = [Turn("user", "Who are you?")]
+    first = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory))
+    again = Answer()
+    second = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=again))
+    assert first == second
+    assert again.reused_tokens == again.prompt_tokens - 1  # the last token is computed anew, to predict from it
+
+
+def test_chat_through_a_pipe_writes_only_the_answers(tuned: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "mlxsft", "chat", str(tuned[0]), "--adapter", str(tuned[1])]
+    lines = "Who are you?\n\n/tokens\n/nonsense\n/clear\nWho made you?\n/bye\nnot reached\n"
+    ran = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    assert ran.stdout == "I am Pip.\nTom made me.\n"
+    assert "no such command" in ran.stderr
+
+
+def test_one_letter_is_a_message(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    chat.run(["q\n", "r\n", "h\n"])
+    assert [t.content for t in chat.turns if t.role == "user"] == ["q", "r", "h"]
+
+
+def test_clear_and_system_begin_anew(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    chat.run(["/system Be kind.", "hello", "/clear"])
+    assert chat.turns == [Turn("system", "Be kind.")]
+    chat.run(["/system"])
+    assert chat.turns == []
+
+
+def test_a_message_that_does_not_fit_is_refused_and_the_conversation_goes_on(tuned: tuple[Path, Path]) -> None:
+    chat, out, notes = loaded(tuned)
+    chat.run(["hello " * 600, "Who are you?"])
+    assert "512" in notes.getvalue()
+    assert out.getvalue() == "I am Pip.\n"
+
+
+# --- end tokens and interoperability ---------------------------------------------------------------------------------
+
+
+def test_every_end_token_of_tokenizer_config_generation_config_and_template_stops(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m", eos="<|endoftext|>")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    renderer = load_renderer(open_model(str(model)))
+    ids = renderer.tokenizer.hf.convert_tokens_to_ids
+    assert renderer.end_tokens == {ids("<|endoftext|>"), ids("<|im_end|>"), 2, 3, 5}
+
+
+def test_mlx_lms_own_generate_loads_the_adapter_and_writes_the_same(
+    tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for prompt in ("Who are you?", "an unseen question about Tom"):
+        command = [
+            sys.executable, "-m", "mlx_lm", "generate", "--model", str(tuned[0]), "--adapter-path", str(tuned[1]),
+            "--prompt", prompt, "--max-tokens", "40", "--verbose", "False",
+        ]  # fmt: skip
+        theirs = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert call(["generate", str(tuned[0]), prompt, "--adapter", str(tuned[1]), "--max-tokens", "40"]) == 0
+        assert capsys.readouterr().out.strip() == theirs.strip()
+
+
+def test_the_template_of_training_is_the_template_of_chat(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m", chat_template=None, eos="<|endoftext|>")
+    recipe = write_recipe(tmp_path, model, data__template="alpaca", train__steps=1)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    from mlxsft.chat.load import load_for_chat
+
+    _, renderer = load_for_chat(str(model), tmp_path / "run", revision=None, template=None, backend_name="mlx")
+    assert renderer.template.name == "alpaca"
+    text = renderer.tokenizer.hf.decode(renderer.prompt([Turn("user", "hi")]))
+    assert text == "### Instruction:\nhi\n\n### Response:\n"
+
+
+def test_a_backend_is_loaded_without_an_adapter_too(tuned: tuple[Path, Path]) -> None:
+    source = open_model(str(tuned[0]))
+    backend, renderer = load_backend("auto", source), load_renderer(source)
+    assert isinstance(renderer, Renderer)
+    total, trainable = backend.parameters()
+    assert total > 0
+    assert trainable == 0
