@@ -65,7 +65,7 @@ def generate(
 
     asked = prompt if prompt is not None else sys.stdin.read()
     if not asked.strip():
-        raise UsageError("the prompt is empty", "give it as an argument or on stdin")
+        raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
     loaded, renderer = load_for_chat(model, adapter, revision=revision, template=template, backend_name=backend)
     turns = [*([Turn("system", system)] if system else []), Turn("user", asked)]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

@@ -34,7 +34,9 @@ def train(
     from mlxsft.training.run import run_training
 
     if resume and force:
-        raise UsageError("--resume and --force exclude each other", "--resume goes on with the run, --force deletes it")
+        raise UsageError(
+            "--resume and --force exclude each other", "--resume goes on with the run, --force deletes it."
+        )
     loaded = load_recipe(recipe, overrides)
     folder = RunFolder(out)
     with stop_requested() as stop, make_report(as_json=as_json) as report:

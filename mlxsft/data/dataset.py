@@ -63,7 +63,7 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in left_out).most_common())
         raise InputRefused(
             f"data.train: no row is left to train on: {reasons or 'nothing was read'}",
-            "`mlxsft data show FILE --model MODEL` shows what becomes of a row",
+            "`mlxsft data show FILE --model MODEL` shows what becomes of a row.",
         )
     ledger = {"read": len(train) + len(valid) + len(left_out), "trained": len(train), "held out": len(valid)}
     ledger |= Counter(row.reason for row in left_out)

@@ -100,7 +100,7 @@ def choose_template(tokenizer: Tokenizer, name: str | None, model: str) -> Templ
     missing = f"{model} has no chat template of its own"
     raise UsageError(
         f"data.template: {missing if name == 'model' else f'{name!r} is neither built in nor a file'}",
-        f"built in are {', '.join(BUILT_IN_TEMPLATES)}; a file holds a Jinja chat template",
+        f"Built in are {', '.join(BUILT_IN_TEMPLATES)}; a file holds a Jinja chat template.",
     )
 
 
@@ -142,7 +142,7 @@ class Renderer:
         except _Refused as error:
             raise InputRefused(
                 f"chat template {template.name}: it cannot render a question and its answer: {error}",
-                "name another with data.template",
+                "Name another one with data.template.",
             ) from error
         self._probe_system()
         last = tokenizer.encode(self.end_text)[-1:]

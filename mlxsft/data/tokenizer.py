@@ -36,7 +36,7 @@ class Tokenizer:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputRefused(
                 f"{source.name}: the tokenizer cannot be loaded: {lines[0]}",
-                "the folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json",
+                "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json.",
             ) from error
         return cls(hf)
 

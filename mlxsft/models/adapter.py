@@ -92,8 +92,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         message = f"{path}: cannot be written ({error.strerror})"
         if error.errno in FULL:
-            raise OutOfResources(message, "free some disk space; what was saved before is untouched") from error
-        raise UsageError(message, "choose a folder that can be written to") from error
+            raise OutOfResources(message, "Free some disk space; what was saved before is untouched.") from error
+        raise UsageError(message, "Choose a folder that can be written to.") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -65,7 +65,7 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UsageError(f"{self.path}: another run is at work in this folder", "give another --out") from None
+            raise UsageError(f"{self.path}: another run is at work in this folder", "Give another --out.") from None
         try:
             yield
         finally:
@@ -90,7 +90,7 @@ class RunFolder:
         try:
             lock: dict[str, Any] = json.loads(self.lock.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputRefused(f"{self.lock}: it cannot be read: {error}", "begin anew with --force") from error
+            raise InputRefused(f"{self.lock}: it cannot be read: {error}", "Begin anew with --force.") from error
         return lock
 
     def append(self, event: Event) -> None:

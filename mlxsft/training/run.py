@@ -124,11 +124,11 @@ def _started(
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
     if resume and not folder.begun:
-        raise UsageError(f"{folder.path}: there is no run to resume in this folder", "leave out --resume to begin one")
+        raise UsageError(f"{folder.path}: there is no run to resume in this folder", "Leave out --resume to begin one.")
     if folder.begun and not resume and not force:
         raise UsageError(
             f"{folder.path}: this folder holds a run already",
-            "--resume goes on with it, --force begins anew and deletes it, another --out leaves it alone",
+            "--resume goes on with it, --force begins anew and deletes it, another --out leaves it alone.",
         )
 
 
@@ -153,14 +153,14 @@ def _check_same(folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any]) -> N
         changed = "; ".join(sorted(line.strip() for line in old ^ new))
         raise UsageError(
             f"{folder.recipe}: the recipe is not the one that this run began with: {changed}",
-            f"resume with {folder.recipe}, or begin a new run with another --out",
+            f"Resume with {folder.recipe}, or begin a new run with another --out.",
         )
     then = folder.read_lock()
     changed_parts = [part for part in ("base", "template", "data") if then.get(part) != lock[part]]
     if changed_parts:
         raise InputRefused(
             f"{folder.lock}: changed since the run began: {', '.join(changed_parts)}",
-            "restore it, or begin a new run with another --out",
+            "Restore it, or begin a new run with another --out.",
         )
 
 
