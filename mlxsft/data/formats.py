@@ -21,19 +21,40 @@ Row: TypeAlias = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool: its name and its arguments, a JSON value (mostly an object)."""
+
+    name: str
+    arguments: object
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """What one role says. The role `text` stands alone in a conversation: plain text, no template, all trained."""
+    """What one role says. The role `text` stands alone in a conversation: plain text, no template, all trained.
+
+    `trained` False takes an answer out of training; `reasoning` is what the assistant thought before `content`;
+    `name` and `call_id` say which tool a `tool` turn answers for.
+    """
 
     role: Role
     content: str
+    trained: bool = True
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row: its turns in order."""
+    """One row: its turns in order, the tools that it offers (JSON Schema objects, as OpenAI's API takes them), and
+    the category it belongs to, where it names one."""
 
     turns: tuple[Turn, ...]
     origin: Origin
+    tools: tuple[Mapping[str, object], ...] = ()
+    category: str = ""
 
 
 class _Unusable(Exception):
