@@ -46,10 +46,10 @@ class DataRecipe(_Section):
         default="auto", description="The layout of the rows; auto: recognised by their keys."
     )
     max_tokens: int = Field(default=2048, ge=2, description="The longest row that is trained, in tokens of the model.")
-    too_long: Literal["error", "drop", "keep-response"] = Field(
+    too_long: Literal["error", "drop", "keep-response", "split-turns"] = Field(
         default="keep-response",
         description="What happens to a row over max_tokens. error: the run stops; drop: it is left out and counted; "
-        "keep-response: the prompt is shortened, never the response.",
+        "keep-response: the prompt is shortened, never the response; split-turns: a conversation becomes several.",
     )
     train_on: Literal["responses", "all"] = Field(
         default="responses",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxsft.backends import Backend, load_backend
-from mlxsft.data.render import Renderer, Template, load_renderer
+from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.data.template import Template
 from mlxsft.models.adapter import load_adapter
 from mlxsft.models.source import open_model
 

@@ -23,7 +23,10 @@ def data() -> None:
 @click.option("--train-on", type=click.Choice(["responses", "all"]), default="responses", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=2048, show_default=True, help="Longest row.")
 @click.option(
-    "--too-long", type=click.Choice(["error", "drop", "keep-response"]), default="keep-response", show_default=True
+    "--too-long",
+    type=click.Choice(["error", "drop", "keep-response", "split-turns"]),
+    default="keep-response",
+    show_default=True,
 )
 @click.option(
     "--special-tokens", type=click.Choice(["refuse", "escape", "drop", "allow"]), default="refuse", show_default=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,12 +88,9 @@ def data_hashes(data: DataRecipe) -> dict[str, str]:
 
 
 def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str) -> tuple[list[_Row], list[LeftOut]]:
-    rows, left_out = [], []
-    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
-        if isinstance(row, LeftOut):
-            left_out.append(row)
-            continue
-        made = list(renderer.examples(row, data))
+    rows: list[_Row] = []
+    left_out: list[LeftOut] = []
+    for row, made in renderer.rendered(_readable(paths, data, split, left_out), data):
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
         if examples and not any(m.broken for m in refused):
@@ -101,6 +98,15 @@ def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: st
         else:
             left_out += refused[:1]
     return rows, left_out
+
+
+def _readable(paths: Sequence[Path], data: DataRecipe, split: str, left_out: list[LeftOut]) -> Iterator[Conversation]:
+    """The rows that can be read; the others are added to `left_out`."""
+    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
+        if isinstance(row, LeftOut):
+            left_out.append(row)
+        else:
+            yield row
 
 
 def _key(row: Conversation) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ class Tokenizer:
             template = template.get("default")
         return template or None
 
-    def apply_template(self, template: str, messages: list[dict[str, str]], **options: Any) -> str:
+    def apply_template(self, template: str, messages: list[dict[str, object]], **options: Any) -> str:
         """The text that a Jinja template makes of the messages, in transformers' sandbox. Raises what Jinja raises."""
         return str(self.hf.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
 
@@ -85,49 +85,62 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that stands at the beginning; nothing is added to it."""
-        return self._encode_fenced(text, first=True)
+        return self.encode_all([(text, True)])[0]
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that stands behind another one that was tokenized by itself."""
-        return self._encode_fenced(text, first=False)
+    def encode_all(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of many texts, tokenized at once; the flag says that a text stands at the beginning.
 
-    def encode_document(self, text: str) -> list[int]:
-        """Ids of a plain text as the tokenizer frames it (beginning-of-text where it has one), its end token added."""
-        ids = [int(self.hf.bos_token_id), *self.encode(text)] if self.begins_with_bos else self.encode(text)
-        end = sorted(self.eos_token_ids)
-        return ids if ids[-1:] == end else ids + end
-
-    def _encode_fenced(self, text: str, *, first: bool) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(_FENCED.split(text)):  # every second part stood between fences
-            if part:
-                spelled_out = i % 2 == 1
-                ids += self._plain(part, spelled_out) if first and not ids else self._continued(part, spelled_out)
+        The others stand behind one that was tokenized by itself. Nothing is added to any of them.
+        """
+        parts = [
+            (number, part, i % 2 == 1, first and i == 0)  # every second part stood between fences
+            for number, (text, first) in enumerate(texts)
+            for i, part in enumerate(_FENCED.split(text))
+            if part
+        ]
+        ids: list[list[int]] = [[] for _ in texts]
+        for (number, *_), found in zip(parts, self._encode_parts([p[1:] for p in parts]), strict=True):
+            ids[number] += found
         return ids
 
-    def _plain(self, text: str, spelled_out: bool) -> list[int]:
+    def _encode_parts(self, parts: Sequence[tuple[str, bool, bool]]) -> list[list[int]]:
+        """Ids of parts: their text, whether special tokens in it are spelled out, whether it begins the whole text."""
+        joint, joint_ids = self._joint
+        ids: list[list[int]] = [[] for _ in parts]
+        for spelled_out in (False, True):
+            chosen = [i for i, part in enumerate(parts) if part[1] == spelled_out]
+            texts = [parts[i][0] if parts[i][2] else joint + parts[i][0] for i in chosen]
+            for i, found in zip(chosen, self._raw(texts, spelled_out), strict=True):
+                if parts[i][2]:
+                    ids[i] = found
+                elif found[: len(joint_ids)] == joint_ids:
+                    ids[i] = found[len(joint_ids) :]
+                else:  # the two grew together
+                    ids[i] = self._raw([parts[i][0]], spelled_out)[0]
+        return ids
+
+    def _raw(self, texts: Sequence[str], spelled_out: bool = False) -> list[list[int]]:
         if not self.hf.is_fast:
-            return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=spelled_out)]
+            encode = self.hf.encode
+            return [encode(t, add_special_tokens=False, split_special_tokens=spelled_out) for t in texts]
         backend = self.hf.backend_tokenizer
         backend.encode_special_tokens = spelled_out
         try:
-            return list(backend.encode(text, add_special_tokens=False).ids)
+            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         finally:
             backend.encode_special_tokens = False
 
-    @cached_property
-    def _joint(self) -> tuple[str, list[int]] | None:
-        """What goes before a continuation, for tokenizers that begin every text with a space of their own."""
-        newline = self._plain("\n", False)
-        return None if self._plain("\na", False) == newline + self._plain("a", False) else ("\n", newline)
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a plain text with the beginning that the tokenizer gives it, where it gives one, and its end."""
+        begun = [int(self.hf.bos_token_id), *ids] if self.begins_with_bos else list(ids)
+        end = sorted(self.eos_token_ids)
+        return begun if begun[-1:] == end else begun + end
 
-    def _continued(self, text: str, spelled_out: bool) -> list[int]:
-        if self._joint is not None:
-            joint, ids = self._joint
-            whole = self._plain(joint + text, spelled_out)
-            if whole[: len(ids)] == ids:
-                return whole[len(ids) :]
-        return self._plain(text, spelled_out)
+    @cached_property
+    def _joint(self) -> tuple[str, list[int]]:
+        """What goes before a continuation, for tokenizers that begin every text with a space of their own."""
+        whole, newline, letter = self._raw(["\na", "\n", "a"])
+        return ("", []) if whole == newline + letter else ("\n", newline)
 
     # --- ids to text -------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mlxsft.data.formats import Conversation, Turn
-from mlxsft.data.render import Example, Renderer, Template, choose_template
+from mlxsft.data.formats import Conversation, ToolCall, Turn
+from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rows import LeftOut, Origin
+from mlxsft.data.template import Template, choose_template
 from mlxsft.data.tokenizer import Tokenizer
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.recipe import DataRecipe
@@ -253,6 +254,97 @@ def test_long_text_is_split_so_that_every_token_is_predicted_once(tmp_path: Path
     assert all(isinstance(p, Example) and 2 <= len(p.tokens) <= 20 for p in parts)
 
 
+def test_split_turns_trains_every_answer_once_in_as_few_examples_as_hold_them(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    turns = (Turn("system", "Be kind."), *TWO, *TWO, Turn("user", "one two three " * 30), Turn("assistant", "Yes!"))
+    made = list(r.examples(Conversation(turns, ORIGIN), data(max_tokens=70, too_long="split-turns")))
+    assert all(isinstance(e, Example) and len(e.tokens) <= 70 for e in made)
+    examples = [e for e in made if isinstance(e, Example)]
+    assert [e.note for e in examples] == ["turns split", "turns split", "prompt shortened"]
+    answers = "".join("".join(r.tokenizer.pieces(e.tokens[e.mask].tolist())) for e in examples)
+    assert answers == "I am Pip.<|im_end|>Yes!<|im_end|>" * 2 + "Yes!<|im_end|>"
+    assert all(show(r, e).startswith("<|im_start|>system\nBe kind.<|im_end|>\n") for e in examples)
+
+
+# --- answers that are not trained, thoughts and tools ----------------------------------------------------------------
+
+
+def test_an_answer_can_be_left_out_of_training(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    turns = (ONE[0], Turn("assistant", "I am Tom.", trained=False), *TWO[2:])
+    assert marked(r, turns) == [
+        "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nI am Tom.<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[Yes!<|im_end|>]"
+    ]
+    assert left_out(r, turns[:2]).reason == "no trained token"
+
+
+def test_thoughts_are_trained_where_the_template_writes_them_and_written_out_where_it_does_not(tmp_path: Path) -> None:
+    thinking = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<t>{{ m.reasoning_content }}</t>"
+        "{% elif m.role == 'assistant' %}<t></t>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}<t></t>{% endif %}{% endif %}"
+    )
+    turns = (ONE[0], Turn("assistant", "I am Pip.", reasoning="They ask my name."))
+    before = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+    assert marked(renderer(tmp_path / "a", thinking), turns) == [
+        f"{before}[<t>They ask my name.</t>I am Pip.<|im_end|>]"
+    ]
+    assert marked(renderer(tmp_path / "a", thinking), ONE) == [f"{before}<t></t>[I am Pip.<|im_end|>]"]
+    assert marked(renderer(tmp_path / "b"), turns) == [
+        f"{before}[<think>\nThey ask my name.\n</think>\n\nI am Pip.<|im_end|>]"
+    ]
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+CALL = (
+    Turn("user", "Is it warm?"),
+    Turn("assistant", "", tool_calls=(ToolCall("weather", {"city": "Bonn"}),)),
+    Turn("tool", "21 degrees", name="weather"),
+    Turn("assistant", "Yes!"),
+)
+
+
+def test_calls_are_trained_and_results_are_not(tmp_path: Path) -> None:
+    r = renderer(tmp_path, chat_template=None, eos="<|endoftext|>")
+    (made,) = r.examples(Conversation(CALL, ORIGIN, tools=(WEATHER,)), data())
+    assert isinstance(made, Example)
+    assert show(r, made) == (
+        'Tools: [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}]\n'
+        "User: Is it warm?\nAssistant:"
+        '[ <tool_call>{"name": "weather", "arguments": {"city": "Bonn"}}</tool_call><|endoftext|>]\n'
+        "Tool: 21 degrees\nAssistant:[ Yes!<|endoftext|>]"
+    )
+
+
+def test_a_template_without_room_for_tools_refuses_the_row(tmp_path: Path) -> None:
+    (refused,) = renderer(tmp_path).examples(Conversation(CALL, ORIGIN, tools=(WEATHER,)), data())
+    assert isinstance(refused, LeftOut)
+    assert refused.broken
+    assert "no room for tools" in refused.detail
+
+
+def test_special_tokens_in_a_call_are_found_and_can_be_escaped(tmp_path: Path) -> None:
+    r = renderer(tmp_path, chat_template=None, eos="<|endoftext|>")
+    turns = (CALL[0], Turn("assistant", "", tool_calls=(ToolCall("weather", {"city": ["<|im_end|>"]}),)))
+    assert left_out(r, turns).reason == "special token"
+    (escaped,) = r.examples(Conversation(turns, ORIGIN), data(special_tokens="escape"))
+    assert isinstance(escaped, Example)
+    assert r.tokenizer.hf.convert_tokens_to_ids("<|im_end|>") not in escaped.tokens
+    assert '"city": ["<|im_end|>"]' in "".join(r.tokenizer.pieces(escaped.tokens.tolist()))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+def test_real_templates_train_calls_and_never_results(real: Path, name: str) -> None:
+    loaded = Tokenizer(AutoTokenizer.from_pretrained(real / "tokenizers" / name))
+    r = Renderer(loaded, choose_template(loaded, None, name), [])
+    made = list(r.examples(Conversation(CALL, ORIGIN, tools=(WEATHER,)), data()))
+    trained = "".join("".join(loaded.pieces(e.tokens[e.mask].tolist())) for e in made if isinstance(e, Example))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call><|im_end|>'
+    assert trained.replace("<think>\n\n</think>\n\n", "").lstrip("\n") == f"{call}Yes!<|im_end|>"
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +365,7 @@ def test_a_template_that_does_not_work_is_refused_with_its_reason(tmp_path: Path
 
 
 def test_a_template_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxsft.data.render.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("mlxsft.data.template.RENDER_SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputRefused, match="takes longer than"):
         renderer(tmp_path, endless)
@@ -325,7 +417,7 @@ def test_real_templates_train_the_contents_and_their_end_tokens_exactly(real: Pa
     made = [e for e in r.examples(Conversation(turns, ORIGIN), data()) if isinstance(e, Example)]
     trained = [t for e in made for t in e.tokens[e.mask].tolist()]
     space = r.opening
-    expected = [t for text in ("I am Pip.", "Yes!") for t in loaded.encode_continuation(space + text + REAL[name])]
+    expected = [t for text in ("I am Pip.", "Yes!") for t in loaded.encode_all([(space + text + REAL[name], False)])[0]]
     assert trained == expected
     starts = [e.tokens[:a].tolist() for e in made for a in e.answers]
     assert starts == [r.prompt(turns[:2]), r.prompt(turns[:4])]

@@ -1,0 +1,265 @@
+"""Turns → text, in pieces: the only place that knows how chat templates behave.
+
+What is trained is found by rendering, never by looking for markers. The text that the template makes of the turns
+before an answer, generation prompt included, is the prompt; what it adds to that for the answer, up to and including
+the end token, is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from mlxsft.data.formats import ToolCall, Turn
+from mlxsft.data.time_limit import TimeLimitExceeded, time_limit
+from mlxsft.data.tokenizer import Tokenizer
+from mlxsft.errors import InputRefused, UsageError
+
+BUILT_IN_TEMPLATES = ("plain", "alpaca")
+RENDER_SECONDS = 5.0  # a template that takes longer for one row is an attack or a mistake
+_PROBE = "mlxsftprobe"  # stands for an answer while the shape of a template is found out
+# Templates that can think are asked not to: then the prompt ends where the answer of the data begins.
+_NOT_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+# What a template's own mistakes raise, beside Jinja's errors.
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+Tools = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A chat template and what it is called: `model` for the checkpoint's own, a built-in name, or a file."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that is tokenized by itself: an answer with its end, or what stands between answers."""
+
+    text: str
+    answer: bool = False
+    trained: bool = False
+
+
+Script = list[Piece]  # the text of one example
+
+
+class TemplateRefused(Exception):
+    """The template raised an error for these turns, or has no room for what is in them."""
+
+
+def choose_template(tokenizer: Tokenizer, name: str | None, model: str) -> Template:
+    """The template called `name`; None stands for the model's own or, for a base model without one, `plain`."""
+    own = tokenizer.chat_template
+    if name in BUILT_IN_TEMPLATES or (name is None and own is None):
+        return _built_in(tokenizer, name or "plain")
+    if own is not None and name in (None, "model"):
+        return Template("model", own)
+    path = Path(str(name)).expanduser()
+    if name != "model" and path.is_file():
+        return Template(path.name, path.read_text(encoding="utf-8"))
+    missing = f"{model} has no chat template of its own"
+    raise UsageError(
+        f"data.template: {missing if name == 'model' else f'{name!r} is neither built in nor a file'}",
+        f"Built in are {', '.join(BUILT_IN_TEMPLATES)}; a file holds a Jinja chat template.",
+    )
+
+
+def _built_in(tokenizer: Tokenizer, name: str) -> Template:
+    file = resources.files("mlxsft.data") / "chat_templates" / f"{name}.jinja"
+    text = file.read_text(encoding="utf-8").removesuffix("\n")
+    if not tokenizer.begins_with_bos:  # its model has never seen the token there
+        text = text.replace("{{ bos_token }}", "")
+    return Template(name, text)
+
+
+class ChatTemplate:
+    """A template at work: prompts and scripts of conversations as pieces of text.
+
+    `end_text` ends an answer. `opening` is what the template puts between the generation prompt and the text of an
+    answer (a space, mostly nothing). `notes` say what a person should know about it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.notes: list[str] = []
+        self._options: dict[str, bool] = {}
+        self._own_generation_prompt = True
+        self._takes_reasoning = True
+        try:
+            self._probe_answer()
+        except TemplateRefused as error:
+            raise InputRefused(
+                f"chat template {template.name}: it cannot render a question and its answer: {error}",
+                "Name another one with data.template.",
+            ) from error
+        user = Turn("user", "hi")
+        self._takes_system = self._shows(Turn("system", _PROBE), user)
+        self._takes_calls = self._shows(user, Turn("assistant", "", tool_calls=(ToolCall(_PROBE, {}),)))
+        tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
+        self._takes_tools = self._shows(user, tools=[tool])
+        self._takes_reasoning = self._shows(user, Turn("assistant", "yes", reasoning=_PROBE), thinking=True)
+        if not self._takes_system:
+            self.notes.append("the template takes no system turn; it is put before the first user turn")
+
+    # --- the shape of the template -----------------------------------------------------------------------------
+
+    def _probe_answer(self) -> None:
+        """Find out how the template opens and ends an answer."""
+        turns = (Turn("user", "hi"), Turn("assistant", _PROBE))
+        for self._options in (*_NOT_THINKING, {}):
+            whole, before = self._render(turns), self._render(turns[:1], generation=True)
+            if whole.startswith(before) and whole[len(before) :].lstrip().startswith(_PROBE):
+                break
+        else:
+            # Its generation prompt is not how it opens an answer: what stands before an answer is the prompt then.
+            self._own_generation_prompt = False
+            self.notes.append(
+                "the template's generation prompt differs from how it opens an answer; the latter is used"
+            )
+        if _PROBE not in whole:
+            raise TemplateRefused("the answer is missing in what it renders")
+        start = whole.rindex(_PROBE)
+        self.opening = whole[len(self._prompt_text(turns[:1])) : start]
+        self._tail = whole[start + len(_PROBE) :]
+        found = self.tokenizer.special_pattern.search(self._tail)
+        if found:
+            self.end_text = self._tail[: found.end()]
+        elif self.tokenizer.eos_token:
+            self.end_text = self.tokenizer.eos_token
+            self.notes.append(f"the template writes no end token; {self.end_text} ends every answer")
+        else:
+            raise TemplateRefused("neither it nor the tokenizer has a token that ends an answer")
+
+    def _shows(self, *turns: Turn, tools: Tools = (), thinking: bool = False) -> bool:
+        """Whether the probe that stands somewhere in these turns comes out in the text."""
+        try:
+            return _PROBE in self._render(turns, tools, thinking=thinking)
+        except TemplateRefused:
+            return False
+
+    # --- text --------------------------------------------------------------------------------------------------
+
+    def _render(
+        self, turns: Sequence[Turn], tools: Tools = (), *, generation: bool = False, thinking: bool = False
+    ) -> str:
+        """The template's text for these turns, made in transformers' sandbox."""
+        from jinja2 import TemplateError
+
+        options = dict.fromkeys(self._options, True) if thinking else self._options
+        try:
+            with time_limit(RENDER_SECONDS):
+                return self.tokenizer.apply_template(
+                    self.template.text,
+                    [self._message(turn) for turn in turns],
+                    add_generation_prompt=generation,
+                    **({"tools": list(tools)} if tools else {}),
+                    **options,
+                )
+        except TimeLimitExceeded:
+            raise TemplateRefused(f"it takes longer than {RENDER_SECONDS:g} s") from None
+        except (TemplateError, *_PYTHON_ERRORS) as error:
+            raise TemplateRefused(str(error) or type(error).__name__) from error
+
+    def _message(self, turn: Turn) -> dict[str, object]:
+        """A turn as templates take it, in the manner of OpenAI's API."""
+        message: dict[str, object] = {"role": turn.role, "content": turn.content}
+        if turn.reasoning and self._takes_reasoning:
+            message["reasoning_content"] = turn.reasoning
+        elif turn.reasoning:  # then it is written as models that think write it
+            message["content"] = f"<think>\n{turn.reasoning}\n</think>\n\n{turn.content}"
+        if turn.tool_calls:
+            message["tool_calls"] = [
+                # Some templates insist on an id of nine letters or digits.
+                {
+                    "type": "function",
+                    "id": call.id or f"{i:09d}",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for i, call in enumerate(turn.tool_calls)
+            ]
+        if turn.name:
+            message["name"] = turn.name
+        if turn.call_id:
+            message["tool_call_id"] = turn.call_id
+        return message
+
+    def _prompt_text(self, turns: Sequence[Turn], tools: Tools = (), *, thinking: bool = False) -> str:
+        """Everything before the answer to these turns."""
+        if self._own_generation_prompt:
+            return self._render(turns, tools, generation=True, thinking=thinking)
+        whole = self._render((*turns, Turn("assistant", _PROBE)), tools, thinking=thinking)
+        return whole[: whole.rindex(_PROBE)]
+
+    def _answers(self, turns: Sequence[Turn], tools: Tools) -> list[tuple[str, Piece]]:
+        """The prompt before each answer, and the answer itself up to and including its end token."""
+        found = []
+        for i, turn in enumerate(turns):
+            if turn.role == "assistant":
+                thinking = bool(turn.reasoning)
+                before = self._prompt_text(turns[:i], tools, thinking=thinking)
+                whole = self._render(turns[: i + 1], tools, thinking=thinking)
+                found.append((before, Piece(self._answer(whole, before), True, turn.trained)))
+        return found
+
+    def _answer(self, whole: str, before: str) -> str:
+        """What the template adds to `before` for an answer, up to and including the end token."""
+        if not whole.startswith(before):
+            raise TemplateRefused("it opens this answer differently from its generation prompt")
+        added = whole[len(before) :]
+        if self._tail and added.endswith(self._tail):
+            return added[: len(added) - len(self._tail)] + self.end_text
+        end = added.rfind(self.end_text)
+        return added[:end] + self.end_text if end >= 0 else added + self.end_text
+
+    # --- pieces ------------------------------------------------------------------------------------------------
+
+    def prompt(self, turns: Iterable[Turn], tools: Tools = ()) -> Script:
+        """The pieces before the next answer. Raises TemplateRefused."""
+        turns = self._adapt(turns, tools)
+        return _pieces(self._prompt_text(turns, tools), self._answers(turns, tools))
+
+    def scripts(self, turns: Iterable[Turn], tools: Tools = ()) -> list[Script]:
+        """The pieces of each example: one for the conversation, or more where the template rewrites earlier turns.
+
+        Raises TemplateRefused.
+        """
+        answers = self._answers(self._adapt(turns, tools), tools)
+        scripts: list[Script] = []
+        for i, (before, answer) in enumerate(answers):
+            prompt = _pieces(before, answers[:i])
+            if scripts and prompt[: len(scripts[-1])] == scripts[-1]:
+                scripts[-1] = [*prompt, answer]
+            else:  # the answers before this one are trained in the examples before this one
+                scripts.append([*(replace(p, trained=False) for p in prompt), answer])
+        return scripts
+
+    def _adapt(self, turns: Iterable[Turn], tools: Tools) -> tuple[Turn, ...]:
+        """The turns as this template takes them: a system turn that it refuses goes before the first user turn."""
+        turns = tuple(turns)
+        if (tools and not self._takes_tools) or (not self._takes_calls and any(t.tool_calls for t in turns)):
+            raise TemplateRefused("it has no room for tools")
+        if not self._takes_system and len(turns) > 1 and (turns[0].role, turns[1].role) == ("system", "user"):
+            return (replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:])
+        return turns
+
+
+def _pieces(prompt: str, answered: Iterable[tuple[str, Piece]]) -> Script:
+    """The pieces of a prompt: answers given before that stand in it unchanged, and what lies between them."""
+    pieces: Script = []
+    position = 0
+    for before, answer in answered:
+        if len(before) >= position and prompt.startswith(before + answer.text):
+            pieces += [Piece(prompt[position : len(before)]), answer]
+            position = len(before) + len(answer.text)
+    return [*pieces, Piece(prompt[position:])]
