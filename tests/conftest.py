@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.tiny import write_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those with a local Hub say so
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+os.environ["MLXSFT_CACHE"] = tempfile.mkdtemp(prefix="mlxsft-tests-")  # no test reads what an earlier run kept
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 

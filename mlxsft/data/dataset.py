@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxsft.data.formats import Conversation, raise_for_broken, read_conversations
-from mlxsft.data.holdout import hold_out, normalise
+from mlxsft.data.formats import raise_for_broken
+from mlxsft.data.holdout import hold_out
 from mlxsft.data.render import Example, Renderer
+from mlxsft.data.rendered import RenderedRow, render_files
 from mlxsft.data.rows import LeftOut, files_of
 from mlxsft.errors import InputRefused
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row with what it gave."""
-
-    key: str  # rows with an equal key are held out together
-    examples: list[Example]
 
 
 @dataclass(frozen=True)
@@ -47,11 +40,12 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     notes: list[str] = []
     if renderer.positions is not None and renderer.positions < data.max_tokens:
         data = data.model_copy(update={"max_tokens": renderer.positions})
-    train, left_out = _read(data_paths(data)["train"], data, renderer, "train")
-    valid: list[_Row] = []
-    if isinstance(data.valid, str):
-        valid, more_left_out = _read(data_paths(data)["valid"], data, renderer, "valid")
-        left_out += more_left_out
+    hashes = data_hashes(data)
+    read = {
+        split: render_files(paths, data, renderer, split, hashes=hashes) for split, paths in data_paths(data).items()
+    }
+    train, valid = read["train"].rows, read["valid"].rows if "valid" in read else []
+    left_out = [row for rendered in read.values() for row in rendered.left_out]
     raise_for_broken([row for row in left_out if row.broken])
     if isinstance(data.valid, float) and train:
         held = hold_out([row.key for row in train], data.valid, seed=seed)
@@ -84,42 +78,19 @@ def data_paths(data: DataRecipe) -> dict[str, list[Path]]:
 def data_hashes(data: DataRecipe) -> dict[str, str]:
     """SHA-256 of every file that is read, by its path. Raises InputRefused for one that is not there."""
     files = [file for split, paths in data_paths(data).items() for file in files_of(paths, split)]
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file): _sha256(file) for file in files}
 
 
-def _read(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str) -> tuple[list[_Row], list[LeftOut]]:
-    rows: list[_Row] = []
-    left_out: list[LeftOut] = []
-    for row, made in renderer.rendered(_readable(paths, data, split, left_out), data):
-        refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
-        examples = [m for m in made if isinstance(m, Example)]
-        if examples and not any(m.broken for m in refused):
-            rows.append(_Row(_key(row), examples))
-        else:
-            left_out += refused[:1]
-    return rows, left_out
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _readable(paths: Sequence[Path], data: DataRecipe, split: str, left_out: list[LeftOut]) -> Iterator[Conversation]:
-    """The rows that can be read; the others are added to `left_out`."""
-    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
-        if isinstance(row, LeftOut):
-            left_out.append(row)
-        else:
-            yield row
-
-
-def _key(row: Conversation) -> str:
-    """What a row asks: the question decides the side on which it lands, so that none is both trained and tested."""
-    asked = next((t.content for t in row.turns if t.role in ("user", "text")), row.turns[0].content)
-    return normalise(asked)
-
-
-def _examples(rows: Iterable[_Row]) -> list[Example]:
+def _examples(rows: Iterable[RenderedRow]) -> list[Example]:
     return [example for row in rows for example in row.examples]
 
 
-def _length_notes(rows: Iterable[_Row]) -> list[str]:
+def _length_notes(rows: Iterable[RenderedRow]) -> list[str]:
     """What was done to rows so that they fit, with the first places."""
     by_note: dict[str, list[str]] = {}
     for row in rows:

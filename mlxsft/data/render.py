@@ -75,7 +75,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.positions = positions
-        self._embedding_rows = embedding_rows
+        self.embedding_rows = embedding_rows
         self._chat = ChatTemplate(tokenizer, template)
         self.notes = self._chat.notes
         self.opening = self._chat.opening
@@ -171,9 +171,9 @@ class Renderer:
         """The example, unless it trains nothing or holds an id that the embedding has no row for."""
         if not example.mask.any():
             return LeftOut(example.origin, "no trained token")
-        if self._embedding_rows is not None and int(example.tokens.max()) >= self._embedding_rows:
+        if self.embedding_rows is not None and int(example.tokens.max()) >= self.embedding_rows:
             # MLX would read foreign memory there.
-            detail = f"id {int(example.tokens.max())}, where the embedding has {self._embedding_rows} rows"
+            detail = f"id {int(example.tokens.max())}, where the embedding has {self.embedding_rows} rows"
             return LeftOut(example.origin, "token without embedding", detail, broken=True)
         return example
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -39,6 +40,14 @@ class Tokenizer:
                 "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json.",
             ) from error
         return cls(hf)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of all that decides how text is tokenized; None where that cannot be told (a tokenizer in Python)."""
+        if not self.hf.is_fast:
+            return None
+        described = [self.hf.backend_tokenizer.to_str(), repr(self.hf.special_tokens_map), type(self.hf).__name__]
+        return hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     # --- special tokens ----------------------------------------------------------------------------------------
 

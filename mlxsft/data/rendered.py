@@ -1,0 +1,182 @@
+"""Rows of files with the examples that they give, kept on disk by content so that a second run is quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlxsft import __version__
+from mlxsft.data.formats import Conversation, read_conversations
+from mlxsft.data.holdout import normalise
+from mlxsft.data.render import Example, Renderer
+from mlxsft.data.rows import LeftOut, Origin, files_of
+
+if TYPE_CHECKING:
+    from mlxsft.recipe import DataRecipe
+
+CACHE_FROM_ROWS = 2000  # fewer are rendered faster than people notice
+CACHE_BYTES = 2_000_000_000  # of all files together; the oldest go first
+_LAYOUT = 1  # of a cache file; raised whenever it changes
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """One row: `key` is equal for rows that ask the same (they are held out together)."""
+
+    key: str
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """All rows of some files: those that give examples, and those that are left out."""
+
+    rows: list[RenderedRow] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def render_files(
+    paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str, *, hashes: Mapping[str, str]
+) -> Rendered:
+    """Every row of the files; `hashes` (SHA-256 by path) find what was rendered before."""
+    files = files_of(paths, split)
+    cache = _cache_file(files, data, renderer, split, hashes)
+    if cache is not None and (kept := _load(cache)) is not None:
+        return kept
+    rendered = _render(paths, data, renderer, split)
+    if cache is not None and len(rendered.rows) >= CACHE_FROM_ROWS:
+        _save(cache, rendered)
+    return rendered
+
+
+def _render(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str) -> Rendered:
+    rendered = Rendered()
+    for row, made in renderer.rendered(_readable(paths, data, split, rendered.left_out), data):
+        refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
+        examples = [m for m in made if isinstance(m, Example)]
+        if examples and not any(m.broken for m in refused):
+            rendered.rows.append(RenderedRow(_key(row), examples))
+        else:
+            rendered.left_out.extend(refused[:1])
+    return rendered
+
+
+def _readable(paths: Sequence[Path], data: DataRecipe, split: str, left_out: list[LeftOut]) -> Iterator[Conversation]:
+    """The rows that can be read; the others are added to `left_out`."""
+    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
+        if isinstance(row, LeftOut):
+            left_out.append(row)
+        else:
+            yield row
+
+
+def _key(row: Conversation) -> str:
+    """What a row asks: the question decides the side on which it lands, so that none is both trained and tested."""
+    asked = next((t.content for t in row.turns if t.role in ("user", "text")), row.turns[0].content)
+    return hashlib.blake2b(normalise(asked).encode(), digest_size=16).hexdigest()
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where rendered rows are kept: $MLXSFT_CACHE, or mlxsft in the user's cache folder."""
+    if folder := os.environ.get("MLXSFT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxsft"
+
+
+def _cache_file(
+    files: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str, hashes: Mapping[str, str]
+) -> Path | None:
+    """The file for exactly these rows, settings, template, tokenizer and versions; None where one is not known."""
+    fingerprint = renderer.tokenizer.fingerprint
+    if fingerprint is None or any(str(f) not in hashes for f in files):
+        return None
+    everything = {
+        "layout": _LAYOUT,
+        "versions": [__version__, version("transformers"), version("tokenizers"), version("jinja2")],
+        "files": [[str(f), hashes[str(f)]] for f in files],
+        "split": split,
+        "settings": data.model_dump(mode="json", exclude={"train", "valid"}),
+        "renderer": [fingerprint, renderer.template.sha256, renderer.embedding_rows],
+    }
+    digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "rows" / f"{digest[:32]}.safetensors"
+
+
+def _save(path: Path, rendered: Rendered) -> None:
+    """Keep the rows; a cache that cannot be written is done without."""
+    from safetensors.numpy import save
+
+    examples = [e for row in rendered.rows for e in row.examples]
+    files = sorted({e.origin.file for e in examples})
+    notes = sorted({e.note for e in examples})
+    arrays = {
+        "tokens": np.concatenate([e.tokens for e in examples]),
+        "mask": np.packbits(np.concatenate([e.mask for e in examples])),
+        "lengths": np.array([len(e.tokens) for e in examples], np.int64),
+        "answers": np.array([a for e in examples for a in e.answers], np.int32),
+        "answer_counts": np.array([len(e.answers) for e in examples], np.int64),
+        "origins": np.array([(files.index(e.origin.file), e.origin.line) for e in examples], np.int64),
+        "notes": np.array([notes.index(e.note) for e in examples], np.int32),
+        "example_counts": np.array([len(row.examples) for row in rendered.rows], np.int64),
+        "keys": np.frombuffer(bytes.fromhex("".join(row.key for row in rendered.rows)), np.uint8),
+    }
+    left_out = [[r.origin.file, r.origin.line, r.reason, r.detail, r.broken, r.column] for r in rendered.left_out]
+    words = json.dumps({"files": files, "notes": notes, "left_out": left_out})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:  # people's rows
+            file.write(save(arrays, metadata={"words": words}))
+        os.replace(aside, path)
+        _forget_oldest(path.parent)
+    except OSError:
+        return
+
+
+def _forget_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime, reverse=True)
+    kept = 0
+    for file in files:
+        kept += file.stat().st_size
+        if kept > CACHE_BYTES:
+            file.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Rendered | None:
+    """What was kept, or None where there is nothing that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            words = json.loads(file.metadata()["words"])
+        examples = iter(_examples(arrays, words["files"], words["notes"]))
+        keys = [bytes(k).hex() for k in arrays["keys"].reshape(-1, 16)]
+        counts = arrays["example_counts"].tolist()
+        rows = [RenderedRow(key, [next(examples) for _ in range(n)]) for key, n in zip(keys, counts, strict=True)]
+        left_out = [LeftOut(Origin(f, line), *rest) for f, line, *rest in words["left_out"]]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, StopIteration, RuntimeError):
+        return None
+    return Rendered(rows, left_out)
+
+
+def _examples(arrays: Mapping[str, np.ndarray], files: Sequence[str], notes: Sequence[str]) -> Iterator[Example]:
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    tokens = np.split(arrays["tokens"], ends)
+    mask = np.unpackbits(arrays["mask"], count=len(arrays["tokens"])).astype(np.bool_)
+    masks = np.split(mask, ends)
+    answers = np.split(arrays["answers"], np.cumsum(arrays["answer_counts"])[:-1])
+    places = zip(arrays["origins"].tolist(), arrays["notes"].tolist(), strict=True)
+    for t, m, a, ((file, line), note) in zip(tokens, masks, answers, places, strict=True):
+        yield Example(t, m, Origin(files[file], line), tuple(a.tolist()), notes[note])
