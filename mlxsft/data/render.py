@@ -7,6 +7,7 @@ are the same in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -44,6 +45,15 @@ class Example:
 
 
 Made = list[Example | LeftOut]  # what one row gives
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Rows whose text is rendered, and the ids of its pieces, which are on their way."""
+
+    rows: list[Conversation]
+    scripts: list[list[Script] | LeftOut]
+    ids: Future[list[list[list[int]]]]
 
 
 def load_renderer(source: ModelSource, template: str | Template | None = None) -> Renderer:
@@ -99,17 +109,28 @@ class Renderer:
         return next(made for _, made in self.rendered([row], data))
 
     def rendered(self, rows: Iterable[Conversation], data: DataRecipe) -> Iterator[tuple[Conversation, Made]]:
-        """Every row with what it gives, in order; many rows are tokenized at once."""
+        """Every row with what it gives, in order; while some rows are tokenized, the next are rendered."""
         waiting = iter(rows)
-        while chunk := list(islice(waiting, _ROWS_AT_ONCE)):
-            scripts = [self._scripts(row, data) for row in chunk]
-            ids = iter(self._encode([script for made in scripts if isinstance(made, list) for script in made]))
-            for row, made in zip(chunk, scripts, strict=True):
-                if isinstance(made, LeftOut):
-                    yield row, [made]
-                else:
-                    examples = [self._example(row, script, next(ids), data) for script in made]
-                    yield row, self._fit(row, examples, data)
+        before: _Chunk | None = None
+        with ThreadPoolExecutor(1) as tokenizing:
+            while chunk := list(islice(waiting, _ROWS_AT_ONCE)):
+                scripts = [self._scripts(row, data) for row in chunk]
+                texts = [script for made in scripts if isinstance(made, list) for script in made]
+                now = _Chunk(chunk, scripts, tokenizing.submit(self._encode, texts))
+                if before is not None:
+                    yield from self._made(before, data)
+                before = now
+            if before is not None:
+                yield from self._made(before, data)
+
+    def _made(self, chunk: _Chunk, data: DataRecipe) -> Iterator[tuple[Conversation, Made]]:
+        ids = iter(chunk.ids.result())
+        for row, scripts in zip(chunk.rows, chunk.scripts, strict=True):
+            if isinstance(scripts, LeftOut):
+                yield row, [scripts]
+            else:
+                examples = [self._example(row, script, next(ids), data) for script in scripts]
+                yield row, self._fit(row, examples, data)
 
     # --- text --------------------------------------------------------------------------------------------------
 

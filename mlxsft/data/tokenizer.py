@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.errors import InputRefused
@@ -23,6 +24,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
+        self._lock = Lock()
 
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:
@@ -133,11 +135,12 @@ class Tokenizer:
             encode = self.hf.encode
             return [encode(t, add_special_tokens=False, split_special_tokens=spelled_out) for t in texts]
         backend = self.hf.backend_tokenizer
-        backend.encode_special_tokens = spelled_out
-        try:
-            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        finally:
-            backend.encode_special_tokens = False
+        with self._lock:  # the switch belongs to the tokenizer, which other threads use as well
+            backend.encode_special_tokens = spelled_out
+            try:
+                return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            finally:
+                backend.encode_special_tokens = False
 
     def framed(self, ids: Sequence[int]) -> list[int]:
         """Ids of a plain text with the beginning that the tokenizer gives it, where it gives one, and its end."""
