@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from mlxsft.training.events import Evaluated, Event, Finished, Noted, Sampled, Saved, Started, Stepped
 
 _LINE_SECONDS = 10.0  # how often a plain line is written
+_SAMPLE_WIDTH = 160  # characters of an answer that are shown; events.jsonl has the whole
 
 
 class Report(Protocol):
@@ -126,6 +127,7 @@ class LiveReport(PlainReport):
             console=console,
         )
         self.task = self.bar.add_task("loading", total=None, status="")
+        self.last: Stepped | None = None
         self.valid = ""
 
     def __enter__(self) -> Self:
@@ -141,15 +143,21 @@ class LiveReport(PlainReport):
             self.bar.update(self.task, description="training", total=event.total_steps, completed=event.step)
         elif isinstance(event, Evaluated) and event.loss is not None:
             self.valid = f"  valid {event.loss:.3f}"
+            self.update()
 
     def step(self, event: Stepped) -> None:
-        status = (
-            f"{loss_text(event)}{self.valid}  {self.rates.tokens_per_second:,.0f} tok/s  "
-            f"ETA {self.rates.remaining(self.total_steps - event.step)}  {size(event.peak_bytes)}"
-        )
-        self.bar.update(self.task, completed=event.step, status=status)
+        self.last = event
+        self.update()
         if event.skipped:
             self.line(f"step {event.step}: {loss_text(event)}")
+
+    def update(self) -> None:
+        if (last := self.last) is not None:
+            status = (
+                f"{loss_text(last)}{self.valid}  {self.rates.tokens_per_second:,.0f} tok/s  "
+                f"ETA {self.rates.remaining(self.total_steps - last.step)}  {size(last.peak_bytes)}"
+            )
+            self.bar.update(self.task, completed=last.step, status=status)
 
 
 def start_lines(event: Started) -> list[str]:
@@ -175,7 +183,8 @@ def event_line(event: Event) -> str:
             loss = "not finite" if event.loss is None else f"{event.loss:.4f}{' (best)' * event.best}"
             return f"step {event.step}  validation loss {loss} over {event.rows} rows, {event.tokens:,} tokens"
         case Sampled():
-            return f"step {event.step}  {event.prompt!r} → {event.answer!r}"
+            answer = event.answer if len(event.answer) <= _SAMPLE_WIDTH else f"{event.answer[:_SAMPLE_WIDTH]}…"
+            return f"step {event.step}  {event.prompt!r} → {answer!r}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case Finished():
