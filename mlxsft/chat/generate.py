@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,10 +17,10 @@ __all__ = ["Answer", "Memory", "Sampling", "answer_text", "stream_answer"]
 
 @dataclass
 class Answer:
-    """What is known of an answer once its stream has ended: `finish` is stop (an end token) or length."""
+    """What is known of an answer once its stream has ended: `finish` is stop (an end token), length, or stopped."""
 
     text: str = ""
-    finish: Literal["stop", "length"] = "length"
+    finish: Literal["stop", "length", "stopped"] = "length"
     prompt_tokens: int = 0
     reused_tokens: int = 0
     tokens: int = 0
@@ -38,6 +38,10 @@ class Memory:
     def __post_init__(self) -> None:
         self.cache = self.backend.new_cache()
 
+    def forget(self) -> None:
+        """Begin with an empty cache."""
+        self.cache, self.tokens = self.backend.new_cache(), []
+
     def rest_of(self, prompt: Sequence[int]) -> list[int]:
         """The tokens of a prompt that must still be computed; what the cache holds beyond the prompt is forgotten."""
         shared = 0
@@ -45,7 +49,8 @@ class Memory:
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
             shared += 1
         if shared < len(self.tokens) and not self.backend.trim(self.cache, len(self.tokens) - shared):
-            self.cache, shared = self.backend.new_cache(), 0
+            self.forget()
+            shared = 0
         self.tokens = list(prompt[:shared])
         return list(prompt[shared:])
 
@@ -59,11 +64,13 @@ def stream_answer(
     *,
     memory: Memory | None = None,
     answer: Answer | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """The text of the next answer as it comes; `answer`, where given, is filled in.
 
-    Stops at every end token of tokenizer, generation config and template, after `max_tokens`, or at the model's last
-    position. With a `memory`, only what differs from the conversation so far is computed. Raises InputRefused where the
+    Stops at every end token of tokenizer, generation config and template, after `max_tokens`, at the model's last
+    position, or between two tokens when `stop()` says so. With a `memory`,
+    only what differs from the conversation so far is computed. Raises InputRefused where the
     template refuses, or when the prompt leaves no position for an answer.
     """
     memory = memory or Memory(backend)
@@ -76,10 +83,10 @@ def stream_answer(
     text = renderer.tokenizer.stream()
     opening = renderer.opening  # what stands before the text of an answer, as for instance a space
     stream = backend.stream(rest, sampling, memory.cache)
-    memory.tokens = prompt
     try:
         for token in stream:
-            memory.tokens.append(token)
+            memory.tokens += [*rest, token]
+            rest = []
             if answer.tokens == 0:
                 answer.prompt_seconds = time.perf_counter() - began
             if token in renderer.end_tokens:
@@ -94,9 +101,17 @@ def stream_answer(
                 yield new
             if answer.tokens >= max_tokens:
                 break
+            if stop():
+                answer.finish = "stopped"
+                break
         if new := _without(opening, text.finish())[0] if not answer.text else text.finish():
             answer.text += new
             yield new
+    except GeneratorExit:
+        raise  # the reader has had enough: what was computed is in the cache
+    except BaseException:
+        memory.forget()  # interrupted in the middle of a layer, nobody knows what is in the cache
+        raise
     finally:
         stream.close()
         answer.seconds = time.perf_counter() - began
@@ -123,7 +138,13 @@ def _without(opening: str, text: str) -> tuple[str, str]:
 
 
 def answer_text(
-    backend: Backend, renderer: Renderer, turns: Sequence[Turn], sampling: Sampling, max_tokens: int
+    backend: Backend,
+    renderer: Renderer,
+    turns: Sequence[Turn],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The whole next answer."""
-    return "".join(stream_answer(backend, renderer, turns, sampling, max_tokens))
+    """The whole next answer, or what there is of it when `stop()` says so."""
+    return "".join(stream_answer(backend, renderer, turns, sampling, max_tokens, stop=stop))

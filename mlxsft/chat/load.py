@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxsft.backends import Backend, load_backend
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.data.template import Template
+from mlxsft.errors import InputRefused
 from mlxsft.models.adapter import load_adapter
-from mlxsft.models.source import open_model
+from mlxsft.models.source import ModelSource, open_model
 
 
 def load_for_chat(
-    model: str, adapter: Path | None, *, revision: str | None, template: str | None, backend_name: str
+    model: str,
+    adapter: Path | None,
+    *,
+    revision: str | None,
+    template: str | None,
+    backend_name: str,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[Backend, Renderer]:
-    """Backend and renderer, ready to answer. An adapter brings its own template, unless another one is named."""
-    source = open_model(model, revision=revision)
+    """Backend and renderer, ready to answer. An adapter brings its own template, unless another one is named.
+
+    Raises InputRefused for an adapter that was trained on other weights, as far as its passport says.
+    """
     saved = load_adapter(adapter) if adapter is not None else None
+    base = _base_of(saved.config) if saved is not None else {}
+    if revision is None and base.get("name") == model and isinstance(base.get("commit"), str):
+        revision = base["commit"]  # the adapter belongs to this commit, wherever the branch is by now
+    source = open_model(model, revision=revision, progress=progress)
+    if saved is not None:
+        _refuse_other_base(source, base, adapter)
     trained_with = _template_of(saved.config) if saved is not None else None
     renderer = load_renderer(source, template if template is not None else trained_with)
     backend = load_backend(backend_name, source)
     if saved is not None:
         backend.attach_saved(saved.config, saved.tensors)
     return backend, renderer
+
+
+def _base_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's passport says of its base; empty where it has none, as adapters made elsewhere."""
+    passport = config.get("mlxsft")
+    base = passport.get("base") if isinstance(passport, dict) else None
+    return base if isinstance(base, dict) else {}
+
+
+def _refuse_other_base(source: ModelSource, base: Mapping[str, Any], adapter: Path | None) -> None:
+    """Raises InputRefused where the weights are not those that the adapter was trained on."""
+    known = base.get("sha256")
+    if not isinstance(known, dict):
+        return
+    trained_on = {sha for file, sha in known.items() if str(file).endswith(".safetensors")}
+    if trained_on and trained_on != {source.hash_of(file) for file in source.files}:
+        raise InputRefused(
+            f"{adapter}: this adapter was trained on other weights ({base.get('name')}) than those of {source.name}",
+            "Give the model that it was trained on.",
+        )
 
 
 def _template_of(config: Mapping[str, Any]) -> Template | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TextIO
 
 from mlxsft.backends import Backend, Sampling
@@ -11,6 +13,8 @@ from mlxsft.chat.generate import Answer, Memory, stream_answer
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer
 from mlxsft.errors import InputRefused
+from mlxsft.interrupt import stop_requested
+from mlxsft.terminal import printable
 
 COMMANDS = {
     "/help": "show these commands",
@@ -50,17 +54,25 @@ class Chat:
         """Send a message and write the answer as it comes. Ctrl-C ends the answer; what was said of it stays."""
         turns = [*self.turns, Turn("user", message)]
         answer = Answer()
-        try:
+        with stop_requested([signal.SIGINT]) as stop:
             for text in stream_answer(
-                self.backend, self.renderer, turns, self.sampling, self.max_tokens, memory=self.memory, answer=answer
+                self.backend,
+                self.renderer,
+                turns,
+                self.sampling,
+                self.max_tokens,
+                memory=self.memory,
+                answer=answer,
+                stop=stop,
             ):
-                self.out.write(text)
+                self.out.write(printable(text) if self.out.isatty() else text)
                 self.out.flush()
-        except KeyboardInterrupt:
-            self.notes.write(" (stopped)")
         self.out.write("\n")
         self.out.flush()
-        self.turns = [*turns, Turn("assistant", answer.text)]
+        if answer.finish == "stopped":
+            self.notes.write("(stopped)\n")
+        if answer.text:  # a question without an answer is as if it had not been asked
+            self.turns = [*turns, Turn("assistant", answer.text)]
         if answer.finish == "length" and answer.tokens >= self.max_tokens:
             self.notes.write(f"(cut off after {answer.tokens} tokens; --max-tokens allows more)\n")
         return answer
@@ -100,10 +112,14 @@ class Chat:
                 self.say(message)
             except InputRefused as refused:
                 self.notes.write(f"{refused.message}\n")
+            except KeyboardInterrupt:  # a second one, before the first token came
+                self.notes.write("\n(stopped)\n")
 
 
 def typed_lines(prompt: Callable[[], str]) -> Iterable[str]:
     """Lines from a person at a terminal, until the end of input; Ctrl-C at the prompt clears the line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and earlier lines, where the system has it
     while True:
         try:
             yield prompt()

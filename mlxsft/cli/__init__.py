@@ -15,7 +15,7 @@ from mlxsft.cli.doctor import doctor
 from mlxsft.cli.generate import generate
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.train import train
-from mlxsft.errors import MlxsftError, UsageError
+from mlxsft.errors import Interrupted, MlxsftError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,25 +31,35 @@ for command in (train, generate, chat, data, recipes, doctor):
 def call(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; bugs raise."""
     try:
-        code = app.main(list(arguments), prog_name="mlxsft", standalone_mode=False)
+        # Not click's own main(), which takes a closed pipe for an error.
+        with app.make_context("mlxsft", list(arguments), color=_colour()) as context:
+            app.invoke(context)
     except MlxsftError as error:
         report(error)
         return error.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.ClickException as error:
         error.show()
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return 130
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 def report(error: MlxsftError) -> None:
     """Write an error and its hint to stderr."""
-    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    if not isinstance(error, Interrupted):  # which was asked for
+        click.secho("Error: ", fg="red", bold=True, nl=False, err=True, color=_colour())
     click.echo(error.message, err=True)
     if error.hint:
         click.echo(f"  {error.hint}", err=True)
+
+
+def _colour() -> bool | None:
+    """No colour where people ask for none (https://no-color.org); else what click finds out by itself."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def run() -> None:

@@ -21,7 +21,9 @@ def chat(
     max_tokens: int,
     temperature: float,
     top_p: float,
+    min_p: float,
     top_k: int,
+    repetition_penalty: float | None,
     seed: int | None,
     backend: str,
 ) -> None:
@@ -34,9 +36,12 @@ def chat(
     from mlxsft.chat.generate import Sampling
     from mlxsft.chat.load import load_for_chat
     from mlxsft.chat.session import Chat, typed_lines
+    from mlxsft.terminal import told
 
-    loaded, renderer = load_for_chat(model, adapter, revision=revision, template=template, backend_name=backend)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    loaded, renderer = load_for_chat(
+        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
+    )
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     conversation = Chat(loaded, renderer, sampling=sampling, max_tokens=max_tokens, system=system)
     if sys.stdin.isatty():
         click.echo("Talk to the model; /help shows the commands, /bye leaves.", err=True)

@@ -55,6 +55,7 @@ def show(
     from mlxsft.data.show import shown_rows
     from mlxsft.models.source import open_model
     from mlxsft.recipe import DataRecipe
+    from mlxsft.terminal import colours_wanted, told
 
     settings = DataRecipe.model_validate(
         {
@@ -65,16 +66,16 @@ def show(
             "train_on": train_on,
             "special_tokens": special_tokens,
             "fill": dict(_pair(f) for f in fill),
-            "template": template,
+            "template": template or None,
         }
     )
-    renderer = load_renderer(open_model(model, revision=revision), template)
+    renderer = load_renderer(open_model(model, revision=revision, progress=told), settings.template)
     for shown in shown_rows(list(files), settings, renderer, count):
-        click.echo(shown.to_json() if as_json else shown.to_text(plain=plain))
+        click.echo(shown.to_json() if as_json else shown.to_text(plain=plain or not colours_wanted()))
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not name:
         raise click.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint="--fill")
     return name, value

@@ -19,10 +19,20 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--template", help="Chat template: a built-in name or a Jinja file."),
         click.option("--system", help="A system prompt."),
         click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
-        click.option("--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0: greedy."),
-        click.option("--top-p", type=click.FloatRange(0.0, 1.0), default=1.0, help="Nucleus sampling; 1: off."),
+        click.option(
+            "--temperature", type=click.FloatRange(0.0, 100.0), default=0.0, show_default=True, help="0: greedy."
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, help="Nucleus sampling; 1: off."
+        ),
+        click.option("--min-p", type=click.FloatRange(0.0, 1.0), default=0.0, help="Share of the likeliest; 0: off."),
         click.option("--top-k", type=click.IntRange(0), default=0, help="Only the K likeliest tokens; 0: off."),
-        click.option("--seed", type=click.IntRange(0), help="Of the sampling; the same seed gives the same text."),
+        click.option(
+            "--repetition-penalty", type=click.FloatRange(0.0, 10.0, min_open=True), help="Above 1 repeats less."
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the sampling; the same seed gives the same text."
+        ),
         click.option("--backend", type=BACKENDS, default="auto", show_default=True, help="What computes."),
     ]
     for option in reversed(options):
@@ -45,7 +55,9 @@ def generate(
     max_tokens: int,
     temperature: float,
     top_p: float,
+    min_p: float,
     top_k: int,
+    repetition_penalty: float | None,
     seed: int | None,
     backend: str,
     as_json: bool,
@@ -62,17 +74,22 @@ def generate(
     from mlxsft.chat.load import load_for_chat
     from mlxsft.data.formats import Turn
     from mlxsft.errors import UsageError
+    from mlxsft.terminal import printable, told
 
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("there is no PROMPT", "Give it as an argument or on stdin.")
     asked = prompt if prompt is not None else sys.stdin.read()
     if not asked.strip():
         raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
-    loaded, renderer = load_for_chat(model, adapter, revision=revision, template=template, backend_name=backend)
+    loaded, renderer = load_for_chat(
+        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
+    )
     turns = [*([Turn("system", system)] if system else []), Turn("user", asked)]
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     answer = Answer()
     for text in stream_answer(loaded, renderer, turns, sampling, max_tokens, answer=answer):
         if not as_json:
-            click.echo(text, nl=False)
+            click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
             sys.stdout.flush()
     click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else "")
     if answer.finish == "length" and not as_json:

@@ -26,10 +26,11 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
     """
     from mlxsft.errors import Interrupted, UsageError
+    from mlxsft.interrupt import stop_requested
     from mlxsft.recipe import load_recipe
+    from mlxsft.terminal import told
     from mlxsft.training.checkpoints import RunFolder
     from mlxsft.training.events import Finished
-    from mlxsft.training.interrupt import stop_requested
     from mlxsft.training.report import make_report
     from mlxsft.training.run import run_training
 
@@ -39,14 +40,19 @@ def train(
         )
     loaded = load_recipe(recipe, overrides)
     folder = RunFolder(out)
-    with stop_requested() as stop, make_report(as_json=as_json) as report:
+    said = "Stopping after this step, then saving. Once more stops at once."
+    with stop_requested(said=said) as stop, make_report(as_json=as_json) as report:
         last = None
-        for event in run_training(loaded, folder, backend_name=backend, resume=resume, force=force, stop=stop):
+        for event in run_training(
+            loaded, folder, backend_name=backend, resume=resume, force=force, stop=stop, tell=told
+        ):
             report.show(event)
             last = event
     if isinstance(last, Finished) and last.reason == "interrupted":
         go_on = shlex.join(["mlxsft", "train", str(folder.recipe), "--out", str(out), "--resume"])
-        said = f"stopped after step {last.step} of {last.total_steps}; it is saved"
+        said = f"Stopped after step {last.step} of {last.total_steps}; it is saved."
+        if last.step == 0:
+            said = "Stopped before the first step; nothing is trained yet."
         raise Interrupted(said, f"Go on with: {go_on}", exit_code=stop.exit_code)
     if not as_json:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])

@@ -6,6 +6,7 @@ are the same in both.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
     from mlxsft.recipe import DataRecipe
 
+_PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}")
 _ROWS_AT_ONCE = 256  # rendered, then tokenized together on all cores
 
 
@@ -148,7 +150,7 @@ class Renderer:
         try:
             return self._chat.scripts(turns, row.tools)
         except TemplateRefused as error:
-            return LeftOut(row.origin, "refused by the template", str(error), broken=True)
+            return LeftOut(row.origin, "refused by the template", str(error))
 
     def _fenced(self, turn: Turn) -> Turn:
         """The turn with its spelled-out special tokens marked as the ordinary text that they are."""
@@ -186,6 +188,8 @@ class Renderer:
         if longest > data.max_tokens:
             return self._shorten(row, examples, data, longest)
         note = "one example a turn" if len(examples) > 1 else ""
+        if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
+            note = "a {{placeholder}} is left in the text (data.fill)"
         return [self._verified(replace(e, note=note)) for e in examples] or [LeftOut(row.origin, "no trained token")]
 
     def _verified(self, example: Example) -> Example | LeftOut:
@@ -212,7 +216,9 @@ class Renderer:
         for turns in shorter(row.turns, longest - data.max_tokens, self.tokenizer):
             made = self._plain(replace(row, turns=turns), data)
             if made and all(len(e.tokens) <= data.max_tokens for e in made):
-                return [self._verified(replace(e, note="prompt shortened")) for e in made]
+                fewer = len(exchanges(turns)) < len(exchanges(row.turns))
+                note = "oldest turns left out, with their answers" if fewer else "prompt shortened"
+                return [self._verified(replace(e, note=note)) for e in made]
         return [LeftOut(row.origin, "answer too long", detail)]
 
     def _plain(self, row: Conversation, data: DataRecipe) -> list[Example]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlxsft import __version__
+from mlxsft.cache import cache_folder
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.render import Example, Renderer
@@ -85,13 +86,6 @@ def _key(row: Conversation) -> str:
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where rendered rows are kept: $MLXSFT_CACHE, or mlxsft in the user's cache folder."""
-    if folder := os.environ.get("MLXSFT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxsft"
 
 
 def _cache_file(

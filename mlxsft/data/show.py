@@ -14,6 +14,7 @@ import click
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rows import LeftOut
+from mlxsft.terminal import printable
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
@@ -36,10 +37,11 @@ class Shown:
             note = f"; {example.note}" if example.note else ""
             lines.append(f"   {len(pieces)} tokens, {trained} trained{note}")
         if self.left_out is not None:
-            lines.append(f"   left out: {self.left_out.reason}: {self.left_out.detail}".rstrip(": "))
+            lines.append(f"   left out: {printable(str(self.left_out))}")
         if self.prompt_matches is not None:
             same = "is, token for token," if self.prompt_matches else "is NOT"
-            lines.append(f"   the prompt that chat renders {same} the prompt that is trained on")
+            why = "" if self.prompt_matches else " (the row was shortened)" * any(e.note for e, _ in self.examples)
+            lines.append(f"   the prompt that chat renders {same} the prompt that is trained on{why}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -78,6 +80,7 @@ def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Re
 
 
 def _marked(pieces: Sequence[str], mask: Sequence[bool], *, plain: bool) -> str:
+    pieces = [printable(piece) for piece in pieces]
     if plain:
         return "".join(f"[{p}]" if trained else p for p, trained in zip(pieces, mask, strict=True))
     return "".join(

@@ -205,7 +205,8 @@ class ChatTemplate:
         """The prompt before each answer, and the answer itself up to and including its end token."""
         found = []
         for i, turn in enumerate(turns):
-            if turn.role == "assistant":
+            # A greeting before anything was asked is part of what is read, not of what is answered.
+            if turn.role == "assistant" and any(t.role != "system" for t in turns[:i]):
                 thinking = bool(turn.reasoning)
                 before = self._prompt_text(turns[:i], tools, thinking=thinking)
                 whole = self._render(turns[: i + 1], tools, thinking=thinking)

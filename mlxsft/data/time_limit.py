@@ -46,8 +46,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     thread = threading.get_ident()
     with _watchdog.lock:
         _watchdog.deadlines[thread] = time.monotonic() + seconds
+    arrived = False
     try:
         yield
+    except TimeLimitExceeded:
+        arrived = True
+        raise
     finally:
         with _watchdog.lock:
-            _watchdog.deadlines.pop(thread, None)
+            sent = _watchdog.deadlines.pop(thread, None) is None
+        while sent and not arrived:  # it is on its way, and must arrive in this block rather than later
+            time.sleep(0.001)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from threading import Lock
@@ -34,7 +35,8 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # no advice about torch: it is not needed here
         try:
-            hf = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
+            with warnings.catch_warnings(action="ignore"):  # an unknown model_type is no matter for the tokenizer
+                hf = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputRefused(
@@ -156,30 +158,31 @@ class Tokenizer:
 
     # --- ids to text -------------------------------------------------------------------------------------------
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, special tokens left out."""
-        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of these ids; special tokens are left out, or spelled out where `special` is asked for."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id adds to the text, special tokens spelled out: for showing, one string an id."""
-        shown, text, begun = [], "", list[int]()
-        for i in ids:
-            begun.append(i)
-            now = str(self.hf.decode(begun, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            shown.append(now[len(text) :] if now.startswith(text) else now)
-            text = now
+        """What each id adds to the text, special tokens spelled out: for showing, one string an id.
+
+        A character of several ids stands with its last one.
+        """
+        stream = self.stream(special=True)
+        shown = [stream.push(i) for i in ids]
+        if rest := stream.finish():
+            shown[-1] += rest
         return shown
 
-    def stream(self) -> TextStream:
-        """A decoder for ids that come one by one."""
-        return TextStream(self)
+    def stream(self, *, special: bool = False) -> TextStream:
+        """A decoder for ids that come one by one; `special` as for `decode`."""
+        return TextStream(self, special)
 
 
 class TextStream:
     """Text out of ids as they come: only whole characters are given out, the rest waits."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._ids: list[int] = []
         self._start = 0  # where the window that is decoded begins: settled ids that give the next ones their context
         self._settled = 0  # ids whose text was given out
@@ -195,8 +198,8 @@ class TextStream:
 
     def _advance(self, *, final: bool) -> str:
         # The window begins before the new ids, because decoders treat the first id of a text differently.
-        context = self._tokenizer.decode(self._ids[self._start : self._settled])
-        text = self._tokenizer.decode(self._ids[self._start :])
+        context = self._tokenizer.decode(self._ids[self._start : self._settled], special=self._special)
+        text = self._tokenizer.decode(self._ids[self._start :], special=self._special)
         if not final and text.endswith("\ufffd"):
             return ""
         self._start, self._settled = self._settled, len(self._ids)

@@ -19,6 +19,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from mlxsft.cache import cache_folder
 from mlxsft.errors import InputRefused, MlxsftError, NetworkFailed, OutOfResources, UsageError
 from mlxsft.models import checks
 from mlxsft.models.checks import TensorInfo
@@ -26,6 +27,7 @@ from mlxsft.models.checks import TensorInfo
 __all__ = ["ModelSource", "TensorInfo", "open_model"]
 
 Progress = Callable[[str], None]
+REMEMBERED_BYTES = 64_000_000  # files from this size on take a while to hash
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,18 @@ class ModelSource:
         return found.union(*(checks.eos_ids(file, config) for file, config in places.items()))
 
     def hashes(self) -> dict[str, str]:
-        """{file: SHA-256} of every file that defines the model; reads the files, except LFS blobs of the Hub cache."""
-        return {name: _sha256(self.folder / name) for name in checks.listing(self.folder) if checks.defines(name)}
+        """{file: SHA-256} of every file that defines the model."""
+        return {name: self.hash_of(name) for name in checks.listing(self.folder) if checks.defines(name)}
+
+    def hash_of(self, file: str) -> str:
+        """SHA-256 of one of the files. A large one is read once, and again only when its size or time changes."""
+        return _sha256(self.folder / file)
 
 
-def open_model(
-    model: str, *, revision: str | None = None, relative_to: Path | None = None, progress: Progress | None = None
-) -> ModelSource:
+def open_model(model: str, *, revision: str | None = None, progress: Progress | None = None) -> ModelSource:
     """The verified checkpoint of a folder or a Hub id; `progress` is told in one line what is downloaded."""
     try:
-        folder = _find_folder(model, relative_to)
+        folder = _find_folder(model)
         if folder is None:
             return _from_hub(model, revision, progress or (lambda line: None))
         commit = folder.name if checks.blobs(folder) else None  # a snapshot of the Hub cache is named after it
@@ -88,11 +92,9 @@ def open_model(
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
-def _find_folder(model: str, relative_to: Path | None) -> Path | None:
+def _find_folder(model: str) -> Path | None:
     """The folder that `model` names; None when it can only be a Hub id."""
     candidates = [model, os.path.expanduser(model)]
-    if relative_to is not None:
-        candidates.append(os.path.join(relative_to, model))
     for candidate in candidates:
         if model and os.path.isdir(candidate):
             return Path(candidate).resolve()
@@ -128,6 +130,23 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()
     if blob.parent == checks.blobs(path.parent) and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
+    stat = blob.stat()
+    if stat.st_size < REMEMBERED_BYTES:
+        return _digest(blob)
+    place = cache_folder() / "hashes" / hashlib.sha256(str(blob).encode()).hexdigest()[:32]
+    seen = f"{stat.st_size} {stat.st_mtime_ns} "
+    with suppress(OSError, UnicodeDecodeError):
+        kept = place.read_text(encoding="ascii")
+        if kept.startswith(seen) and re.fullmatch(r"[0-9a-f]{64}", kept.removeprefix(seen)):
+            return kept.removeprefix(seen)
+    digest = _digest(blob)
+    with suppress(OSError):  # done without where the cache cannot be written
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(seen + digest, encoding="ascii")
+    return digest
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import atomic_write, refuse_non_finite, save_adapter, writing
-from mlxsft.training.events import Event
+from mlxsft.training.events import Event, from_json
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -60,16 +60,30 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """The folder for one process alone. Raises UsageError when another run is at work in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UsageError(f"{self.path}: another run is at work in this folder", "Give another --out.") from None
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(f"{self.path}: another run is at work in this folder", "Give another --out.") from None
-        try:
+            self._remove_partial()
             yield
         finally:
             lock.release()
+            self._remove_unused()
+
+    def _remove_partial(self) -> None:
+        """Files that a killed run was writing."""
+        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _remove_unused(self) -> None:
+        """The folder itself, where no run came about."""
+        with suppress(OSError):
+            if [p.name for p in self.path.iterdir()] in ([".lock"], []):
+                shutil.rmtree(self.path)
 
     @property
     def begun(self) -> bool:
@@ -94,8 +108,20 @@ class RunFolder:
         return lock
 
     def append(self, event: Event) -> None:
-        with self.events.open("a", encoding="utf-8") as file:
+        with writing(self.events), self.events.open("a", encoding="utf-8") as file:
             file.write(event.to_json() + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Take back the events after `step`, which a resumed run makes again, and a line that a kill cut off."""
+        if not self.events.exists():
+            return
+        kept = []
+        for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                event = from_json(line)
+                if getattr(event, "step", 0) <= step:
+                    kept.append(f"{line}\n")
+        atomic_write(self.events, "".join(kept).encode())
 
     # --- saving ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,14 @@ class Noted(Event):
 
 
 @dataclass(frozen=True)
+class LeftOutRows(Event):
+    """Rows that are not trained, one sentence a row with its file:line and reason."""
+
+    kind = "left_out"
+    rows: list[str]
+
+
+@dataclass(frozen=True)
 class Started(Event):
     """A run begins, or goes on after `step` steps. `ledger`: rows by what became of them."""
 
@@ -114,7 +122,7 @@ class Finished(Event):
     best_valid_loss: float | None
 
 
-KINDS: dict[str, type[Event]] = {c.kind: c for c in (Noted, Started, Stepped, Evaluated, Sampled, Saved, Finished)}
+KINDS: dict[str, type[Event]] = {c.kind: c for c in Event.__subclasses__()}
 
 
 def from_json(line: str) -> Event:

@@ -187,18 +187,25 @@ class _Run:
 
     def _evaluate(self) -> Iterator[Event]:
         step = self.progress.step
-        self.progress = replace(self.progress, evaluated_at=step)
         if self.held_out:
-            yield self._validated(step)
+            if (event := self._validated(step)) is None:
+                return  # stopped on the way; the resumed run evaluates
+            yield event
+        self.progress = replace(self.progress, evaluated_at=step)
         for prompt in self.recipe.eval.samples:
-            yield Sampled(step, prompt, self.answer(prompt))
+            if not self.stop():
+                yield Sampled(step, prompt, self.answer(prompt))
 
-    def _validated(self, step: int) -> Event:
+    def _validated(self, step: int) -> Event | None:
         began = time.perf_counter()
-        loss, tokens = validation_loss(
-            self.backend, self.held_out, self.recipe.train.micro_batch_tokens, positions=self.positions
+        micro_batch_tokens = self.recipe.train.micro_batch_tokens
+        judged = validation_loss(
+            self.backend, self.held_out, micro_batch_tokens, positions=self.positions, stop=self.stop
         )
-        best = math.isfinite(loss) and loss < (self.progress.best_valid_loss or math.inf)
+        if judged is None:
+            return None
+        loss, tokens = judged
+        best = math.isfinite(loss) and (self.progress.best_valid_loss is None or loss < self.progress.best_valid_loss)
         self.valid_loss = loss if math.isfinite(loss) else None
         self.progress = replace(
             self.progress,
@@ -226,12 +233,22 @@ class _Run:
 
 
 def validation_loss(
-    backend: Backend, rows: Sequence[Example], micro_batch_tokens: int, *, positions: int | None = None
-) -> tuple[float, int]:
-    """The loss in nats a trained token over all rows, each once, in an order that never changes; and those tokens."""
+    backend: Backend,
+    rows: Sequence[Example],
+    micro_batch_tokens: int,
+    *,
+    positions: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
+    """The loss in nats a trained token over all rows, each once, in an order that never changes; and those tokens.
+
+    None when `stop()` says so before all rows are judged.
+    """
     lengths = np.array([len(e.tokens) for e in rows])
     total, tokens = 0.0, 0
     for group in validation_batches(lengths, micro_batch_tokens):
+        if stop():
+            return None
         batch = stack([rows[i] for i in group], limit=positions)
         total += float(backend.losses(batch).sum(dtype=np.float64))
         tokens += int(batch.mask.sum())

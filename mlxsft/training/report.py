@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -12,7 +13,8 @@ from typing import Protocol, Self, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mlxsft.training.events import Evaluated, Event, Finished, Noted, Sampled, Saved, Started, Stepped
+from mlxsft.terminal import printable
+from mlxsft.training.events import Evaluated, Event, Finished, LeftOutRows, Noted, Sampled, Saved, Started, Stepped
 
 _LINE_SECONDS = 10.0  # how often a plain line is written
 _SAMPLE_WIDTH = 160  # characters of an answer that are shown; events.jsonl has the whole
@@ -31,9 +33,37 @@ class Report(Protocol):
 def make_report(*, as_json: bool) -> Report:
     """JSON lines on stdout, a live bar where stderr is a terminal, or plain lines on stderr."""
     if as_json:
-        return JsonReport(sys.stdout)
-    console = RichConsole(stderr=True, highlight=False)
-    return LiveReport(console) if console.is_terminal else PlainReport(console)
+        return UntilNobodyReads(JsonReport(sys.stdout))
+    console = _Console(stderr=True, highlight=False)
+    return LiveReport(console) if console.is_terminal else UntilNobodyReads(PlainReport(console))
+
+
+class _Console(RichConsole):
+    """rich's console, which would end the process when its reader is gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class UntilNobodyReads:
+    """Another report, until its reader is gone: a run is not lost because `head` has had enough."""
+
+    def __init__(self, report: Report) -> None:
+        self.report: Report | None = report
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        if self.report is not None:
+            try:
+                self.report.show(event)
+            except BrokenPipeError:
+                self.report = None
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 
 class JsonReport:
@@ -179,12 +209,15 @@ def event_line(event: Event) -> str:
     match event:
         case Noted():
             return f"note      {event.message}"
+        case LeftOutRows():
+            more = f"\n          … and {len(event.rows) - 3} more, all in events.jsonl" * (len(event.rows) > 3)
+            return "left out  " + "\n          ".join(printable(row) for row in event.rows[:3]) + more
         case Evaluated():
             loss = "not finite" if event.loss is None else f"{event.loss:.4f}{' (best)' * event.best}"
             return f"step {event.step}  validation loss {loss} over {event.rows} rows, {event.tokens:,} tokens"
         case Sampled():
             answer = event.answer if len(event.answer) <= _SAMPLE_WIDTH else f"{event.answer[:_SAMPLE_WIDTH]}…"
-            return f"step {event.step}  {event.prompt!r} → {answer!r}"
+            return f"step {event.step}  {printable(repr(event.prompt))} → {printable(repr(answer))}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case Finished():

@@ -19,23 +19,34 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, Noted, Saved, Started
+from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
 from mlxsft.training.loop import Plan, train
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
 
 
 def run_training(
-    recipe: Recipe, folder: RunFolder, *, backend_name: str, resume: bool, force: bool, stop: Callable[[], bool]
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    backend_name: str,
+    resume: bool,
+    force: bool,
+    stop: Callable[[], bool],
+    tell: Callable[[str], None],
 ) -> Iterator[Event]:
     """Everything that `mlxsft train` does, as events; the same events are in the folder's events.jsonl.
 
-    Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed
-    is not what was begun; else what reading, loading and training raise.
+    An earlier run is deleted only when all that the new one needs is read and in memory. `tell` hears of downloads.
+    Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
+    not what was begun; else what reading, loading and training raise.
     """
     with folder.held():
         _check_begun(folder, resume=resume, force=force)
-        source = open_model(recipe.model, revision=recipe.revision)
+        if resume and recipe.revision is None:  # the branch may have moved since
+            recipe = recipe.model_copy(update={"revision": folder.read_lock()["base"].get("commit")})
+        source = open_model(recipe.model, revision=recipe.revision, progress=tell)
+        recipe = recipe.model_copy(update={"revision": source.commit or recipe.revision})
         renderer = load_renderer(source, recipe.data.template)
         dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
         lock = _lock(recipe, source, renderer)
@@ -44,12 +55,14 @@ def run_training(
             _check_same(folder, recipe, lock)
             checkpoint, damaged = folder.newest()
             dataset.notes.extend(damaged)
-        else:
-            folder.clear()
-            folder.write_start(dump_recipe(recipe), lock)
         backend = load_backend(backend_name, source)
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)
+        if resume:
+            folder.rewind(checkpoint.progress.step if checkpoint else 0)
+        else:
+            folder.clear()
+            folder.write_start(dump_recipe(recipe), lock)
         for event in _events(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop):
             folder.append(event)
             yield event
@@ -74,6 +87,8 @@ def _events(
     yield _started(recipe, source, renderer, dataset, backend, progress)
     for note in [*renderer.notes, *dataset.notes, *backend.notes]:
         yield Noted(note)
+    if dataset.left_out:
+        yield LeftOutRows([str(row) for row in dataset.left_out])
     config = {**backend.adapter_config(), "mlxsft": passport(renderer, lock)}
 
     def save(progress: Progress) -> Event:
@@ -82,7 +97,7 @@ def _events(
         return Saved(progress.step, str(path))
 
     def answer(prompt: str) -> str:
-        return answer_text(backend, renderer, [Turn("user", prompt)], Sampling(), SAMPLE_TOKENS)
+        return answer_text(backend, renderer, [Turn("user", prompt)], Sampling(), SAMPLE_TOKENS, stop=stop)
 
     yield from train(
         backend,

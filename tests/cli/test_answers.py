@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -97,8 +98,17 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 def test_an_adapter_of_another_base_is_refused_with_the_tensors(
     tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    twin = write_llama(tmp_path / "twin", seed=1)  # the same shapes, other numbers
+    assert call(["generate", str(twin), "hi", "--adapter", str(tuned[1])]) == 3
+    assert "trained on other weights" in capsys.readouterr().err
+    config = json.loads((tuned[1] / "adapter_config.json").read_text())
+    del config["mlxsft"]  # as an adapter made elsewhere: then only shapes can tell
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "adapter_config.json").write_text(json.dumps(config))
+    (foreign / "adapters.safetensors").write_bytes((tuned[1] / "adapters.safetensors").read_bytes())
     other = write_llama(tmp_path / "other", layers=1)
-    assert call(["generate", str(other), "hi", "--adapter", str(tuned[1])]) == 3
+    assert call(["generate", str(other), "hi", "--adapter", str(foreign)]) == 3
     assert "model.layers.1.self_attn.q_proj.lora_a" in capsys.readouterr().err
 
 
@@ -137,6 +147,43 @@ def test_a_cache_that_disagrees_with_the_prompt_is_cut_back_to_where_they_agree(
     second = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=again))
     assert first == second
     assert again.reused_tokens == again.prompt_tokens - 1  # the last token is computed anew, to predict from it
+
+
+def test_an_interrupted_answer_leaves_a_cache_that_answers_as_a_fresh_one(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    ask = [Turn("user", "Can you help me today? " * 6)]
+    fresh = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40))
+    memory = Memory(chat.backend)
+    caught = 0
+    for trial in range(12):
+        signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.004 * trial)
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            "".join(stream_answer(chat.backend, chat.renderer, [Turn("user", "hello")], Sampling(), 40, memory=memory))
+        except KeyboardInterrupt:
+            caught += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        again = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory))
+        assert again == fresh
+    assert caught
+
+
+def test_a_stop_between_tokens_keeps_the_cache(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    memory, answer, calls = Memory(chat.backend), Answer(), iter([False, True])
+    ask = [Turn("user", "hello")]
+    "".join(
+        stream_answer(
+            chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=answer, stop=lambda: next(calls)
+        )
+    )
+    assert (answer.finish, answer.tokens) == ("stopped", 2)
+    again = Answer()
+    text = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=again))
+    assert text == "Hello! How can I help you today?"
+    assert again.reused_tokens == again.prompt_tokens - 1
 
 
 def test_chat_through_a_pipe_writes_only_the_answers(tuned: tuple[Path, Path]) -> None:

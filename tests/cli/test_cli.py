@@ -52,7 +52,19 @@ def test_exit_codes_are_those_that_are_promised() -> None:
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:
-    script = f"{sys.executable} -m mlxsft recipes schema | head -c 10"
+    # More than the 64 KB that a pipe holds, so that the writer does notice.
+    script = (
+        f'{sys.executable} -c \'import click; from mlxsft.cli import app, run; app.add_command(click.Command("big",'
+    )
+    script += ' callback=lambda: [click.echo("x" * 1000) for _ in range(500)])); run()\' big | head -c 10'
     ran = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, check=False)
     assert ran.stderr == ""
     assert ran.returncode == 0
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(["generate", "/no/such/folder", "hi"]) == 3
+    assert "\x1b" not in capsys.readouterr().err

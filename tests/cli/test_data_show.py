@@ -40,9 +40,26 @@ def test_plain_marks_trained_tokens_with_brackets(
     assert "rows.jsonl:1" in out
 
 
-def test_colour_marks_them_without(rows: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = show(capsys, str(rows), "--model", str(tiny_llama), "-n", "1")
-    assert "[I]" not in out
+def test_brackets_mark_them_too_where_there_is_no_colour(
+    rows: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (str(rows), "--model", str(tiny_llama), "-n", "1")
+    assert "[I][ am]" in show(capsys, *arguments)  # a pipe
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\x1b[32m\x1b[1mI" in show(capsys, *arguments)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "[I][ am]" in show(capsys, *arguments)
+
+
+def test_control_characters_are_spelled_out(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "\x1b[2J🦊 gone"}) + "\n")
+    out = show(capsys, str(path), "--model", str(tiny_llama))
+    assert "\x1b" not in out
+    assert "\\x1b" in out
+    assert "🦊" in out
 
 
 def test_json_gives_ids_and_masks_of_every_row_and_why_one_is_left_out(

@@ -191,14 +191,11 @@ def test_an_end_token_that_is_no_id_is_refused(tmp_path: Path, value: object) ->
     assert "eos_token_id" in refusal(tmp_path).message
 
 
-def test_a_folder_is_found_as_written_under_home_and_beside_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_found_as_written_and_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "org" / "name")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert open_model("~/org/name").folder == tmp_path / "org" / "name"
-    assert open_model("org/name", relative_to=tmp_path).name == "org/name"
     monkeypatch.chdir(tmp_path / "org")
     assert open_model("name").folder.is_absolute()
     assert open_model("./name").folder == tmp_path / "org" / "name"

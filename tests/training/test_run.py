@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from mlxsft.cli import call
 from mlxsft.training.events import from_json
+from tests.tiny import write_llama
 
 PAIRS = [
     ("Who are you?", "I am Pip."),
@@ -38,7 +40,7 @@ def write_rows(path: Path, pairs: list[tuple[str, str]] = PAIRS) -> Path:
     return path
 
 
-def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
+def write_recipe(folder: Path, model: Path | str, **changes: Any) -> Path:
     recipe: dict[str, Any] = {
         "model": str(model),
         "data": {"train": str(write_rows(folder / "rows.jsonl")), "valid": None, "max_tokens": 128},
@@ -272,9 +274,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llam
     list(lines_until(process, "step", 13))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    with (tmp_path / "run" / "events.jsonl").open("a") as torn:
+        torn.write('{"event": "ste')  # as a kill in the middle of a line leaves it
     assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
     assert same_adapter(tmp_path / "run", tmp_path / "straight")
+    steps = [[(s["step"], s["loss"]) for s in events(tmp_path / n, "step")] for n in ("run", "straight")]
+    assert steps[0] == steps[1]  # no step is told twice
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, finished: Path) -> None:
@@ -308,6 +314,78 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: Path, capsys: pytest.C
     copy = finished.parent / "recipe.yaml"
     assert call(["train", str(copy), "--out", str(finished), "--force"]) == 0
     assert len(events(finished, "start")) == 1
+
+
+def test_a_run_that_cannot_start_costs_nothing(
+    finished: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    typo = ["train", str(tmp_path / "recipe.yaml"), "--set", "adapter.targets=[qproj]"]
+    assert call([*typo, "--out", str(finished), "--force"]) == 2
+    assert "q_proj" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    assert call([*typo, "--out", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("out", ["rows.jsonl", "/proc/nothing/here"])
+def test_an_impossible_out_is_a_sentence(
+    tmp_path: Path, tiny_llama: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    assert call(["train", str(recipe), "--out", str(tmp_path / out)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__steps=40)
+    for more, name in (("--json", "a"), ("2>&1", "b")):
+        script = f"{sys.executable} -m mlxsft train {recipe} --out {tmp_path / name} {more} | head -n 2"
+        subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+        assert events(tmp_path / name, "end")[0]["step"] == 40
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_trained(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__steps=30)
+    process = start(recipe, tmp_path / "run")
+    time.sleep(1.0)  # somewhere between the start of Python and the first step; later is fine too
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 130 and "Stopped" in errors:
+        step = events(tmp_path / "run", "end")[0]["step"]
+        assert ("nothing is trained yet" in errors) == (step == 0)
+        assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def hub_cache(home: Path, model: Path, commit: str) -> None:
+    """A Hub cache that holds the model as acme/tiny at this commit, as huggingface_hub lays it out."""
+    repo = home / "hub" / "models--acme--tiny"
+    (repo / "refs").mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in model.iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path: Path, tiny_llama: Path) -> None:
+    first, second = "1" * 40, "2" * 40
+    hub_cache(tmp_path / "home", tiny_llama, first)
+    recipe = write_recipe(tmp_path, "acme/tiny", train__steps=4)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def mlxsft(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mlxsft", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    run = str(tmp_path / "run")
+    assert mlxsft("train", str(recipe), "--out", run).returncode == 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["revision"] == first
+    hub_cache(tmp_path / "home", write_llama(tmp_path / "newer", seed=1), second)  # main moves on
+    assert mlxsft("train", str(recipe), "--out", run, "--resume").returncode == 0
+    answered = mlxsft("generate", "acme/tiny", "hi", "--adapter", run, "--max-tokens", "3")
+    assert answered.returncode == 0, answered.stderr  # the adapter's commit, not the newest
+    assert mlxsft("generate", "acme/tiny", "hi", "--adapter", run, "--revision", second).returncode == 3
 
 
 # --- when things go wrong --------------------------------------------------------------------------------------------
@@ -351,6 +429,8 @@ def test_rows_that_cannot_be_trained_are_counted_in_the_ledger(tmp_path: Path, t
     assert ledger == {"read": 13, "trained": 11, "held out": 0, "empty answer": 1, "answer too long": 1}
     assert ledger["read"] == sum(n for what, n in ledger.items() if what != "read")
     assert any("rows.jsonl:13" in e["message"] for e in events(tmp_path / "run", "note"))
+    (told,) = events(tmp_path / "run", "left_out")
+    assert [row.rpartition("rows.jsonl:")[2].split(":")[0] for row in told["rows"]] == ["11", "12"]
 
 
 def test_mlx_lms_own_configuration_runs(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,25 @@
+"""Text that others wrote, as it may go to a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+# Everything that steers a terminal; line breaks and tabs are what they are meant to be.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out, so that it can neither colour nor clear nor reorder the screen."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def told(message: str) -> None:
+    """Say something about what goes on, on stderr, where it is not in the way of results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def colours_wanted() -> bool:
+    """Whether stdout is a terminal and nobody asked for no colour (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
