@@ -13,8 +13,17 @@ START = Started("m", "mlx", "cpu", 0, 2, 1.0, 1000, 10, {"read": 3, "trained": 2
 STEP = Stepped(1, 0.5, 1.25, 0.5, 1e-3, 10, 20, 24, 0.5, 2_000_000)
 SKIPPED = Stepped(2, 1.0, None, None, 1e-3, 10, 20, 24, 0.5, 2_000_000, skipped=True)
 END = Finished("done", 2, 2, 1, 10, 65.0, 1.25, 0.5, 0.25)
-ALL = [START, Noted("mind this"), LeftOutRows(["a.jsonl:1: empty"] * 5), STEP, Evaluated(1, 0.5, 7, 2, True, 0.1), Sampled(1, "hi", "x" * 500), SKIPPED,
-       Saved(2, "run/checkpoints/step-0000002"), END]  # fmt: skip
+ALL = [
+    START,
+    Noted("mind this"),
+    LeftOutRows(["a.jsonl:1: empty"] * 5),
+    STEP,
+    Evaluated(1, 0.5, 7, 2, True, 0.1),
+    Sampled(1, "hi", "x" * 500),
+    SKIPPED,
+    Saved(2, "run/checkpoints/step-0000002"),
+    END,
+]
 
 
 def shown(kind: type[PlainReport], *, terminal: bool) -> str:
@@ -31,7 +40,8 @@ def test_plain_lines_hold_no_control_characters_and_say_what_matters() -> None:
     for words in (
         "3 read = 2 trained, 1 too long", "10 trainable parameters (1.00%)", "mind this", "loss 1.2500", "40 tokens/s",
         "ETA 0:00:00", "peak 2 MB", "validation loss 0.5000 (best) over 2 rows", "not finite, skipped",
-        "saved run/checkpoints/step-0000002", "a.jsonl:1: empty", "and 2 more", "Done after 2 of 2 steps in 0:01:05", "1 steps skipped",
+        "saved run/checkpoints/step-0000002", "a.jsonl:1: empty", "and 2 more",
+        "Done after 2 of 2 steps in 0:01:05", "1 steps skipped",
     ):  # fmt: skip
         assert words in text
     assert "x" * 161 not in text
