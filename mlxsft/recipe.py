@@ -107,6 +107,12 @@ class TrainRecipe(_Section):
         ge=1,
         description="Tokens computed at once, padding included; less saves memory, the result is the same.",
     )
+    batching: Literal["buckets", "packed"] = Field(
+        default="buckets",
+        description="How rows are computed together. buckets: side by side with rows of similar length, padded; "
+        "packed: one after another in a sequence, isolated from each other, with next to no padding. The result is "
+        "the same.",
+    )
     learning_rate: float = Field(
         default=2e-4, gt=0, description="The highest learning rate, reached after the warm-up."
     )
