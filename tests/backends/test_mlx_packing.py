@@ -21,6 +21,7 @@ from transformers import (
 
 from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.backends.mlx_packing import Isolated
+from mlxsft.cli import call
 from mlxsft.data.batches import Batch, batches, epoch_order, pack, stack
 from mlxsft.data.render import Example
 from mlxsft.data.rows import Origin
@@ -29,6 +30,7 @@ from mlxsft.recipe import AdapterRecipe, TrainRecipe
 from mlxsft.training.packing import packs
 from tests.backends.conftest import learned_adapter
 from tests.tiny import write_llama, write_tokenizer
+from tests.training.test_run import events, same_adapter, write_recipe
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -217,3 +219,53 @@ def test_updates_of_one_row_have_nothing_to_pack(checkpoint: Callable[[str], Pat
     packed, notes = packs(trainer(checkpoint("llama")), TrainRecipe(batching="packed", batch_size=1), make_rows(), None)
     assert not packed
     assert "no two rows" in notes[0]
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Path, out: Path, batching: str, *more: str) -> Path:
+    assert call(["train", str(recipe), "--out", str(out), "--set", f"train.batching={batching}", *more]) == 0
+    return out
+
+
+def test_a_packed_run_is_the_padded_run(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, tiny_llama, adapter__dropout=0.0, data__valid=0.2, eval__every=2, train__micro_batch_tokens=400
+    )
+    padded, packed = run(recipe, tmp_path / "padded", "buckets"), run(recipe, tmp_path / "packed", "packed")
+    for kind, field in (("step", "loss"), ("eval", "loss")):
+        one, other = ([e[field] for e in events(folder, kind)] for folder in (padded, packed))
+        assert one == pytest.approx(other, rel=1e-4)
+    for field in ("tokens", "trained_tokens"):
+        assert [e[field] for e in events(padded, "step")] == [e[field] for e in events(packed, "step")]
+    steps = events(packed, "step")
+    share = 1 - sum(s["tokens"] for s in steps) / sum(s["computed_tokens"] for s in steps)
+    (end,) = events(packed, "end")
+    assert end["padding_share"] == pytest.approx(share)
+    assert share < events(padded, "end")[0]["padding_share"]
+    assert not events(packed, "note")
+
+
+def test_a_packed_run_repeats_and_resumes_bit_for_bit(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)  # with dropout
+    straight, again = run(recipe, tmp_path / "straight", "packed"), run(recipe, tmp_path / "again", "packed")
+    assert same_adapter(straight, again)
+    (again / "checkpoints" / "step-0000006" / "state.safetensors").write_bytes(b"")  # step 4 is the newest whole one
+    run(recipe, again, "packed", "--resume")
+    assert [e["step"] for e in events(again, "start")] == [0, 4]
+    assert same_adapter(straight, again)
+    ends = [events(folder, "end")[-1]["padding_share"] for folder in (straight, again)]
+    assert ends[0] == ends[1]
+    assert "of the computed tokens were padding" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_pack_says_so_and_is_the_padded_run(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    recipe = write_recipe(tmp_path, checkpoint("gpt2"), train__micro_batch_tokens=400)
+    padded, packed = run(recipe, tmp_path / "padded", "buckets"), run(recipe, tmp_path / "packed", "packed")
+    assert same_adapter(padded, packed)
+    assert any("not packed" in e["message"] for e in events(packed, "note"))
