@@ -81,6 +81,7 @@ def test_the_defaults(folder: Path) -> None:
             "steps": None,
             "batch_size": 8,
             "micro_batch_tokens": 4096,
+            "batching": "buckets",
             "learning_rate": 2e-4,
             "schedule": "cosine",
             "final_learning_rate": 0.0,

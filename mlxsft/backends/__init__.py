@@ -83,6 +83,13 @@ class Backend(Protocol):
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         """[B, T]: the cross-entropy in nats of each `tokens[b, t]` that `mask` trains, 0 elsewhere; dropout is off."""
 
+    def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
+        """Why this model cannot take packed rows, as a clause; None where it can.
+
+        The two batches hold the same rows in the same order. Where the model can take them packed, each token has the
+        same loss in both.
+        """
+
     # ---- generation
 
     def new_cache(self) -> Any:

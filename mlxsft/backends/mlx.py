@@ -28,6 +28,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx_models import load_checkpoint, make_float32, mlx_lm, parameter_count, target_keys  # noqa: E402
+from mlxsft.backends.mlx_packing import isolation, unusual_cache, why_different  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
@@ -120,7 +121,8 @@ class MlxBackend:
         parameters, sums = self._trainable(), self._sums
         chosen, weights = self._positions(batch)
         key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches))
-        loss, gradient = self._gradient(parameters, key, mx.array(batch.tokens), chosen, mx.array(weights))
+        tokens, segments = _arrays(batch)
+        loss, gradient = self._gradient(parameters, key, tokens, segments, chosen, mx.array(weights))
         self._set(parameters)  # differentiating leaves its own arrays in the model
         if sums.gradient:
             gradient = {name: sums.gradient[name] + array for name, array in gradient.items()}
@@ -163,8 +165,13 @@ class MlxBackend:
         self._train_mode(False)
         chosen, weights = self._positions(batch)
         losses = np.zeros(batch.tokens.shape, dtype=np.float32)
-        losses[:, 1:][batch.mask[:, 1:]] = np.array(self._token_losses(mx.array(batch.tokens), chosen))[weights]
+        losses[:, 1:][batch.mask[:, 1:]] = np.array(self._token_losses(*_arrays(batch), chosen))[weights]
         return losses
+
+    def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
+        if (kind := unusual_cache(self.model)) is not None:
+            return f"its layers keep what they have read as a {kind}, which knows nothing of rows in a sequence"
+        return why_different(self.losses, packed, padded, self.model)
 
     def _positions(self, batch: Batch) -> tuple[Any, NDArray[np.bool_]]:
         """Places in the flattened tokens[:, 1:] that get a loss [N], and which of them count [N].
@@ -178,9 +185,10 @@ class MlxBackend:
         chosen = np.flatnonzero(trained)
         return mx.array(chosen.astype(np.int32)), trained[chosen]
 
-    def _token_losses(self, tokens: mx.array, chosen: mx.array | None) -> mx.array:
+    def _token_losses(self, tokens: mx.array, segments: mx.array | None, chosen: mx.array | None) -> mx.array:
         """Cross-entropy in nats, float32 [N], of the chosen places of tokens[:, 1:]; here alone inputs are shifted."""
-        logits: mx.array = self.model(tokens[:, :-1]).reshape(tokens[:, 1:].size, -1)
+        cache = {} if segments is None else {"cache": isolation(self.model, segments[:, :-1])}
+        logits: mx.array = self.model(tokens[:, :-1], **cache).reshape(tokens[:, 1:].size, -1)
         targets = tokens[:, 1:].reshape(-1)
         if chosen is not None:
             logits, targets = logits[chosen], targets[chosen]
@@ -188,11 +196,17 @@ class MlxBackend:
         return losses
 
     def _summed_loss(
-        self, parameters: dict[str, mx.array], key: mx.array, tokens: mx.array, chosen: mx.array, weights: mx.array
+        self,
+        parameters: dict[str, mx.array],
+        key: mx.array,
+        tokens: mx.array,
+        segments: mx.array | None,
+        chosen: mx.array | None,
+        weights: mx.array,
     ) -> mx.array:
         self._set(parameters)
         self._keys.value = key
-        return mx.where(weights, self._token_losses(tokens, chosen), 0).sum()
+        return mx.where(weights, self._token_losses(tokens, segments, chosen), 0).sum()
 
     def _train_mode(self, training: bool) -> None:
         if self.model.training != training:
@@ -360,6 +374,11 @@ def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors) ->
     ]
     if problems:
         raise InputRefused("\n  ".join([f"{what} does not fit this model:", *problems]), "Was it made on another base?")
+
+
+def _arrays(batch: Batch) -> tuple[mx.array, mx.array | None]:
+    """Tokens and segments of a batch, int32 [B, T]."""
+    return mx.array(batch.tokens), None if batch.segments is None else mx.array(batch.segments)
 
 
 def _seed(*words: int) -> int:

@@ -30,6 +30,8 @@ class Progress:
 
     step: int = 0
     trained_tokens: int = 0
+    tokens: int = 0  # of the rows, with their prompts
+    computed_tokens: int = 0  # with the padding
     skipped_steps: int = 0
     seconds: float = 0.0
     best_valid_loss: float | None = None

@@ -108,7 +108,10 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The run is over: `reason` is done, interrupted, or patience."""
+    """The run is over: `reason` is done, interrupted, or patience.
+
+    `padding_share` (0 to 1) is the share of all tokens computed in training that was padding.
+    """
 
     kind = "end"
     reason: str
@@ -120,6 +123,7 @@ class Finished(Event):
     loss: float | None
     valid_loss: float | None
     best_valid_loss: float | None
+    padding_share: float | None = None
 
 
 KINDS: dict[str, type[Event]] = {c.kind: c for c in Event.__subclasses__()}

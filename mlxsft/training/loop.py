@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxsft.data.batches import epoch_order, micro_batches, stack, validation_batches
+from mlxsft.data.batches import batches, epoch_order
 from mlxsft.errors import Diverged
 from mlxsft.training.checkpoints import Progress
 from mlxsft.training.events import Evaluated, Event, Finished, Sampled, Stepped
@@ -18,6 +18,7 @@ from mlxsft.training.schedule import in_steps, learning_rate
 
 if TYPE_CHECKING:
     from mlxsft.backends import Backend
+    from mlxsft.data.batches import Batch
     from mlxsft.data.render import Example
     from mlxsft.recipe import Recipe
 
@@ -63,13 +64,15 @@ def train(
     answer: Callable[[str], str],
     stop: Callable[[], bool],
     positions: int | None = None,
+    packed: bool = False,
 ) -> Iterator[Event]:
     """Train from `progress` to the end of the run, or until `stop()`; the state is saved before the generator ends.
 
     The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
-    No batch is padded beyond the model's `positions`. Raises Diverged when loss or gradient stay non-finite.
+    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows. Raises Diverged
+    when loss or gradient stay non-finite.
     """
-    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop, positions).events()
+    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop, positions, packed).events()
 
 
 class _Run:
@@ -86,11 +89,12 @@ class _Run:
         answer: Callable[[str], str],
         stop: Callable[[], bool],
         positions: int | None,
+        packed: bool,
     ) -> None:
         self.backend, self.recipe = backend, recipe
         self.rows, self.held_out = rows, held_out
         self.progress = progress
-        self.positions = positions
+        self.positions, self.packed = positions, packed
         self.save, self.answer, self.stop = save, answer, stop
         self.plan = Plan.of(recipe, len(rows))
         self.lengths = np.array([len(e.tokens) for e in rows])
@@ -139,14 +143,14 @@ class _Run:
         began = time.perf_counter()
         rows = self._rows_of(step)
         loss, trained, computed = 0.0, 0, 0
-        for group in micro_batches(rows, self.lengths, train.micro_batch_tokens):
-            batch = stack([self.rows[i] for i in group], limit=self.positions)
-            group_loss, group_trained = self.backend.accumulate(batch)
-            loss, trained, computed = loss + group_loss, trained + group_trained, computed + batch.tokens.size
+        for batch in self._batches([self.rows[i] for i in rows]):
+            batch_loss, batch_trained = self.backend.accumulate(batch)
+            loss, trained, computed = loss + batch_loss, trained + batch_trained, computed + batch.tokens.size
         rate = learning_rate(step, self.plan.total_steps, train)
         norm = self.backend.apply(rate, train.clip_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        self._count(step, trained, skipped)
+        tokens = int(self.lengths[rows].sum())
+        self._count(step, trained, tokens, computed, skipped)
         self.loss = self.loss if skipped else loss / trained
         return Stepped(
             step=step,
@@ -155,18 +159,24 @@ class _Run:
             gradient_norm=None if skipped else norm,
             learning_rate=rate,
             trained_tokens=trained,
-            tokens=int(self.lengths[rows].sum()),
+            tokens=tokens,
             computed_tokens=computed,
             seconds=time.perf_counter() - began,
             peak_bytes=self.backend.peak_bytes(),
             skipped=skipped,
         )
 
-    def _count(self, step: int, trained: int, skipped: bool) -> None:
+    def _batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
+        budget = self.recipe.train.micro_batch_tokens
+        return batches(rows, budget, packed=self.packed, positions=self.positions)
+
+    def _count(self, step: int, trained: int, tokens: int, computed: int, skipped: bool) -> None:
         self.progress = replace(
             self.progress,
             step=step,
             trained_tokens=self.progress.trained_tokens + (0 if skipped else trained),
+            tokens=self.progress.tokens + tokens,
+            computed_tokens=self.progress.computed_tokens + computed,
             skipped_steps=self.progress.skipped_steps + skipped,
             seconds=time.perf_counter() - self.began,
         )
@@ -198,10 +208,7 @@ class _Run:
 
     def _validated(self, step: int) -> Event | None:
         began = time.perf_counter()
-        micro_batch_tokens = self.recipe.train.micro_batch_tokens
-        judged = validation_loss(
-            self.backend, self.held_out, micro_batch_tokens, positions=self.positions, stop=self.stop
-        )
+        judged = validation_loss(self.backend, self._batches(self.held_out), stop=self.stop)
         if judged is None:
             return None
         loss, tokens = judged
@@ -229,27 +236,21 @@ class _Run:
             loss=self.loss,
             valid_loss=self.valid_loss,
             best_valid_loss=self.progress.best_valid_loss,
+            padding_share=1 - self.progress.tokens / computed if (computed := self.progress.computed_tokens) else None,
         )
 
 
 def validation_loss(
-    backend: Backend,
-    rows: Sequence[Example],
-    micro_batch_tokens: int,
-    *,
-    positions: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    backend: Backend, rows: Iterable[Batch], *, stop: Callable[[], bool] = lambda: False
 ) -> tuple[float, int] | None:
-    """The loss in nats a trained token over all rows, each once, in an order that never changes; and those tokens.
+    """The loss in nats a trained token over all rows, each once; and how many trained tokens they have.
 
     None when `stop()` says so before all rows are judged.
     """
-    lengths = np.array([len(e.tokens) for e in rows])
     total, tokens = 0.0, 0
-    for group in validation_batches(lengths, micro_batch_tokens):
+    for batch in rows:
         if stop():
             return None
-        batch = stack([rows[i] for i in group], limit=positions)
         total += float(backend.losses(batch).sum(dtype=np.float64))
         tokens += int(batch.mask.sum())
     return total / tokens, tokens

@@ -234,6 +234,8 @@ def finish_line(event: Finished) -> str:
         parts.append(f"validation {event.valid_loss:.4f}")
     if event.best_valid_loss is not None:
         parts.append(f"best {event.best_valid_loss:.4f}")
+    if event.padding_share is not None:
+        parts.append(f"{event.padding_share:.1%} of the computed tokens were padding")
     if event.skipped_steps:
         parts.append(f"{event.skipped_steps} steps skipped because they were not finite")
     return ", ".join(parts) + "."

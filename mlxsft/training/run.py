@@ -21,6 +21,7 @@ from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
 from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
 from mlxsft.training.loop import Plan, train
+from mlxsft.training.packing import packs
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
 
@@ -58,12 +59,14 @@ def run_training(
         backend = load_backend(backend_name, source)
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)
+        packed, note = packs(backend, recipe.train, dataset.train, renderer.positions)
+        dataset.notes.extend(note)
         if resume:
             folder.rewind(checkpoint.progress.step if checkpoint else 0)
         else:
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
-        for event in _events(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop):
+        for event in _events(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed):
             folder.append(event)
             yield event
 
@@ -78,6 +81,7 @@ def _events(
     checkpoint: Checkpoint | None,
     lock: Mapping[str, Any],
     stop: Callable[[], bool],
+    packed: bool,
 ) -> Iterator[Event]:
     progress = Progress()
     if checkpoint is not None:
@@ -109,6 +113,7 @@ def _events(
         answer=answer,
         stop=stop,
         positions=renderer.positions,
+        packed=packed,
     )
 
 

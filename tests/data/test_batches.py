@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxsft.data.batches import (
+    PACKED_TOKENS,
     Batch,
+    batches,
     epoch_order,
     micro_batches,
+    micro_packs,
+    pack,
+    packed_width,
     padding_share,
     stack,
-    validation_batches,
     width,
 )
 from mlxsft.data.formats import Conversation, Origin, read_conversations
@@ -91,7 +96,7 @@ def test_the_smaller_update_is_not_always_made_of_the_longest_rows() -> None:
 
 def test_no_rows_no_updates() -> None:
     assert epoch_order([], 8, seed=0, epoch=0) == []
-    assert validation_batches([], 4096) == []
+    assert list(batches([], 4096)) == list(batches([], 4096, packed=True)) == []
 
 
 def test_an_update_without_rows_is_a_mistake() -> None:
@@ -120,11 +125,93 @@ def test_micro_batches_literally() -> None:
     assert groups == [[2], [0], [5, 4], [3, 1]]  # widths 3072; 100 (two would be 200); 92; 60
 
 
-@given(LENGTHS, st.integers(1, 8192))
-def test_validation_is_all_rows_in_one_order(lengths: list[int], budget: int) -> None:
-    groups = validation_batches(lengths, budget)
-    assert sorted(row for group in groups for row in group.tolist()) == list(range(len(lengths)))
-    assert [g.tolist() for g in groups] == [g.tolist() for g in validation_batches(np.array(lengths), budget)]
+# ---- packs ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=80),
+    st.integers(1, 8192),
+    st.none() | st.integers(3000, 5000),
+    st.randoms(use_true_random=False),
+)
+def test_packs_keep_the_rows_the_budget_and_the_limit(
+    lengths: list[int], budget: int, positions: int | None, random: Any
+) -> None:
+    rows = random.sample(range(len(lengths)), k=max(1, len(lengths) // 2))
+    groups = micro_packs(rows, lengths, budget, positions=positions)
+    assert sorted(row for group in groups for together in group for row in together.tolist()) == sorted(rows)
+    for group in groups:
+        loads = [sum(lengths[row] for row in together) for together in group]
+        longest = max(lengths[row] for together in group for row in together)
+        assert all(len(together) > 0 for together in group)
+        assert max(loads) <= max(longest, min(PACKED_TOKENS, budget))
+        assert len(group) * packed_width(max(loads)) <= budget or sum(map(len, group)) == 1
+    again = micro_packs(np.array(rows), np.array(lengths), budget, positions=positions)
+    assert [[p.tolist() for p in g] for g in again] == [[p.tolist() for p in g] for g in groups]
+
+
+def test_packs_literally() -> None:
+    lengths = [100, 90, 60, 50, 30, 30]
+    groups = [[together.tolist() for together in group] for group in micro_packs(range(6), lengths, 4096)]
+    assert groups == [[[0, 3, 4], [1, 2, 5]]]  # 180 and 180 tokens
+    assert [[p.tolist() for p in g] for g in micro_packs([0, 1], [3000, 10], 4096)] == [[[0]], [[1]]]
+
+
+def test_packs_are_as_short_as_little_padding_allows() -> None:
+    """Eight equal rows need no packing; pairs of a long and a short row make four equal packs, not one of all."""
+    equal = micro_packs(range(8), [100] * 8, 4096)
+    assert [len(together) for together in equal[0]] == [1] * 8
+    paired = micro_packs(range(8), [102, 112, 122, 132, 90, 80, 70, 60], 4096)
+    assert [len(together) for together in paired[0]] == [2] * 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 1000), st.booleans(), st.booleans())
+def test_batches_hold_every_example_once(lengths: list[int], budget: int, packed: bool, tight: bool) -> None:
+    rows = [example([number] * n, [n - 1] if n > 1 else []) for number, n in enumerate(lengths, start=1)]
+    positions = max(lengths) if tight else None
+    found: list[tuple[int, int]] = []
+    for batch in batches(rows, budget, packed=packed, positions=positions):
+        assert batch.tokens.size <= budget or len(batch.tokens) == 1
+        assert positions is None or batch.tokens.shape[1] <= positions
+        assert (batch.segments is not None) == packed
+        for line in range(len(batch.tokens)):
+            runs = segments_of(batch, line)
+            found += runs
+            assert int(batch.mask[line].sum()) == sum(n > 1 for _, n in runs)
+    assert sorted(found) == list(enumerate(lengths, start=1))
+
+
+def segments_of(batch: Batch, line: int) -> list[tuple[int, int]]:
+    """(the one token, length) of every row of a sequence; the segments are contiguous and numbered from 1."""
+    tokens = batch.tokens[line]
+    segments = np.minimum(tokens, 1) if batch.segments is None else batch.segments[line]
+    assert np.array_equal(segments == 0, tokens == 0)
+    inside = segments[segments > 0]
+    assert np.array_equal(segments[: len(inside)], inside)  # padding at the end alone
+    assert set(np.diff(inside).tolist()) <= {0, 1}
+    assert inside[0] == 1
+    runs = []
+    for number in range(1, int(inside[-1]) + 1):
+        (token,) = set(tokens[segments == number].tolist())
+        runs.append((token, int((segments == number).sum())))
+    return runs
+
+
+def test_pack_literally() -> None:
+    batch = pack([[example([5, 6, 7], [2]), example([8, 9], [1])], [example([1, 2, 3, 4], [1, 3])]])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [1, 2, 3, 4, 0, 0, 0, 0]]
+    assert batch.mask.astype(int).tolist() == [[0, 0, 1, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 0]]
+    assert batch.segments is not None
+    assert batch.segments.dtype == np.int32
+    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert pack([[example([5, 6, 7], [2]), example([8, 9], [1])]], limit=5).tokens.shape == (1, 5)
+
+
+def test_a_trained_first_token_in_a_pack_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="first token"):
+        pack([[example([5, 6], [1]), example([5, 6], [0, 1])]])
 
 
 # ---- stacking ------------------------------------------------------------------------------------------------------
@@ -180,11 +267,8 @@ def test_padding_share_literally() -> None:
     assert padding_share([], []) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "at_most", "shapes"),
-    [("alpaca_roleplay.json", 3146, 0.035, 60), ("prompt_completion_train.jsonl", 1800, 0.045, 70)],
-)
-def test_padding_on_real_rows(real: Path, name: str, rows: int, at_most: float, shapes: int) -> None:
+def tokens_of(real: Path, name: str) -> list[Example]:
+    """The rows of a file as ChatML, in tokens of SmolLM, all but the first trained."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(real / "tokenizers/smollm/tokenizer.json"))
@@ -193,12 +277,72 @@ def test_padding_on_real_rows(real: Path, name: str, rows: int, at_most: float, 
         for row in read_conversations([real / "data/instruction" / name])
         if isinstance(row, Conversation)
     ]
-    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    assert len(lengths) == rows
-    seen = set()
-    for epoch in range(3):
-        updates = epoch_order(lengths, 8, seed=0, epoch=epoch)
-        groups = [group for update in updates for group in micro_batches(update, lengths, 4096)]
-        assert padding_share(groups, lengths) < at_most
-        seen |= {(len(group), width(max(lengths[i] for i in group))) for group in groups}
-    assert len(seen) <= shapes
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [example(encoding.ids, list(range(1, len(encoding.ids)))) for encoding in encodings]
+
+
+def padding_of(computed: Iterable[Batch], tokens: int) -> tuple[float, set[tuple[int, ...]]]:
+    """The share of padding in batches with `tokens` tokens, and their shapes."""
+    shapes = [batch.tokens.shape for batch in computed]
+    return 1 - tokens / sum(rows * columns for rows, columns in shapes), set(shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "buckets", "packed", "shapes", "packed_shapes"),
+    [
+        ("alpaca_roleplay.json", 3146, 0.035, 0.006, 60, 260),
+        ("prompt_completion_train.jsonl", 1800, 0.045, 0.006, 70, 240),
+    ],
+)
+def test_padding_on_real_rows(
+    real: Path, name: str, rows: int, buckets: float, packed: float, shapes: int, packed_shapes: int
+) -> None:
+    examples = tokens_of(real, name)
+    assert len(examples) == rows
+    lengths = [len(e.tokens) for e in examples]
+    for in_packs, at_most, kinds in ((False, buckets, shapes), (True, packed, packed_shapes)):
+        seen: set[tuple[int, ...]] = set()
+        for epoch in range(3):
+            updates = epoch_order(lengths, 8, seed=0, epoch=epoch)
+            computed = [b for u in updates for b in batches([examples[i] for i in u], 4096, packed=in_packs)]
+            share, found = padding_of(computed, sum(lengths))
+            assert share < at_most
+            seen |= found
+        assert len(seen) <= kinds
+    for in_packs, at_most in ((False, 0.05), (True, 0.01)):  # validation
+        assert padding_of(batches(examples, 4096, packed=in_packs), sum(lengths))[0] < at_most
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("alpaca_roleplay.json", 0.27), ("prompt_completion_train.jsonl", 0.44)])
+def test_padding_of_mlx_lms_own_batches(real: Path, name: str, theirs: float) -> None:
+    """mlx-lm's batches of four, as it makes them in training: of the same tokens, wrapped in its own CacheDataset."""
+    from mlxsft.backends.mlx_models import mlx_lm
+
+    examples = tokens_of(real, name)
+    lengths = [len(e.tokens) for e in examples]
+    dataset = mlx_lm("tuner.datasets").CacheDataset(Rows(examples))
+    given = used = 0
+    for tokens, spans in mlx_lm("tuner.trainer").iterate_batches(dataset, 4, 2048, seed=0):
+        given += tokens.size
+        used += int(np.array(spans)[:, 1].sum())
+    assert 1 - used / given == pytest.approx(theirs, abs=0.01)
+    updates = epoch_order(lengths, 4, seed=0, epoch=0)
+    for packed, at_most in ((False, 0.05), (True, 0.01)):
+        ours = [b for u in updates for b in batches([examples[i] for i in u], 4096, packed=packed)]
+        assert padding_of(ours, sum(lengths))[0] < at_most
+
+
+class Rows:
+    """What mlx-lm's CacheDataset wraps: rows as they stand in the file, two keys each, and `process` to tokens."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": None, "completion": index}
+
+    def process(self, row: dict[str, Any]) -> tuple[list[int], int]:
+        return self.examples[row["completion"]].tokens.tolist(), 0
