@@ -61,11 +61,13 @@ def test_the_defaults(folder: Path) -> None:
             "train": str(folder / "rows.jsonl"),
             "valid": 0.05,
             "format": "auto",
+            "columns": {},
             "max_tokens": 2048,
             "too_long": "keep-response",
             "train_on": "responses",
             "special_tokens": "refuse",
             "fill": {},
+            "templates": None,
             "template": None,
         },
         "adapter": {
