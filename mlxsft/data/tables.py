@@ -28,7 +28,11 @@ def delimited_rows(file: Path, stream: IO[bytes], delimiter: str) -> Rows:
     """
     # The limit is the csv module's own and counts for the process, so it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _records(file, text, delimiter)
+
+
+def _records(file: Path, text: Iterable[str], delimiter: str) -> Rows:
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
