@@ -22,7 +22,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-calls = st.builds(ToolCall, st.text(min_size=1), json_values, st.text())
+# No arguments are read as {}, so that templates can go through them.
+calls = st.builds(ToolCall, st.text(min_size=1), json_values.filter(lambda value: value is not None), st.text())
 answers = st.builds(
     Turn,
     st.just("assistant"),

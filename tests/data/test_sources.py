@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_held_out_rows_count_once_and_are_not_trained(tmp_path: Path, renderer: 
 def test_a_fraction_of_a_source_grows_without_dropping_rows() -> None:
     rows = [Conversation((Turn("user", str(i)),), Origin("a", i)) for i in range(500)]
     taken = [{row.origin for row in rows if WeightedPath(Path("a"), w / 10).copies(row, seed=3)} for w in range(1, 11)]
-    assert all(less < more for less, more in zip(taken, taken[1:], strict=False))
+    assert all(less < more for less, more in pairwise(taken))
     assert len(taken[-1]) == 500
 
 
@@ -139,14 +140,12 @@ print(i + 1, max(sizes) - sizes[0])
 
 def growth(path: Path, count: int) -> int:
     """Bytes by which a process grows while it reads so many rows, after the first 5,000; all must be read."""
+    head, row = "", '{{"prompt": "q {}", "completion": "a"}}\n'
+    if path.suffix == ".csv":
+        head, row = "prompt,completion\n", "q {},a\n"
     with path.open("w") as file:
-        if path.suffix == ".csv":
-            file.write("prompt,completion\n")
-        for i in range(count):
-            row = (
-                f"question {i},answer" if path.suffix == ".csv" else f'{{"prompt": "question {i}", "completion": "a"}}'
-            )
-            file.write(row + "\n")
+        file.write(head)
+        file.writelines(row.format(i) for i in range(count))
     ran = subprocess.run([sys.executable, "-c", STREAM, str(path)], capture_output=True, text=True, check=True)
     read, grown = map(int, ran.stdout.split())
     assert read == count
