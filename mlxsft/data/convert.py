@@ -41,10 +41,11 @@ def convert_files(
     try:
         with aside.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
-                if isinstance(row, LeftOut):
-                    left_out.append(row)
+                line = row if isinstance(row, LeftOut) else _line(row)
+                if isinstance(line, LeftOut):
+                    left_out.append(line)
                     continue
-                file.write(json.dumps(messages_row(row), ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(line)
                 written += 1
         if not skip_broken:
             raise_for_broken(left_out)
@@ -53,6 +54,14 @@ def convert_files(
         aside.unlink(missing_ok=True)
     ledger = {"read": written + len(left_out), "written": written}
     return ledger | Counter(row.reason for row in left_out), left_out
+
+
+def _line(row: Conversation) -> str | LeftOut:
+    """The row as a line of JSON; a table may hold what JSON cannot, such as dates in the arguments of a call."""
+    try:
+        return json.dumps(messages_row(row), ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        return LeftOut(row.origin, "not JSON", str(error), broken=True)
 
 
 def messages_row(row: Conversation) -> dict[str, object]:

@@ -130,6 +130,20 @@ def test_a_file_is_replaced_only_by_force_and_never_by_itself(tmp_path: Path) ->
     assert convert(tmp_path / "absent.jsonl", "--out", tmp_path / "new") == 3
 
 
+def test_what_only_a_table_can_hold_is_a_broken_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": x}}]}]}
+        for x in (1.5, float("nan"))
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    out = tmp_path / "out.jsonl"
+    ledger, left_out = convert_files([tmp_path / "rows.parquet"], out, columns={}, skip_broken=True)
+    assert ledger == {"read": 2, "written": 1, "not JSON": 1}
+    assert left_out[0].origin == Origin(str(tmp_path / "rows.parquet"), 2)
+
+
 def test_real_files_are_the_same_after_conversion(real: Path, tmp_path: Path) -> None:
     files = sorted((real / "data").rglob("*.json*"))
     ledger, left_out = convert_files(files, tmp_path / "out.jsonl", columns={})

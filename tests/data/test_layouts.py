@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mlxsft.cli.data import FORMATS as CHOICES
+from mlxsft.data.convert import messages_row
 from mlxsft.data.formats import (
     COLUMNS,
     FORMATS,
@@ -290,6 +293,30 @@ def test_tools_that_are_broken(tools: object) -> None:
     row = {"messages": [{"role": "assistant", "content": "A"}], "tools": tools}
     assert refused(row).broken
     assert refused(row).detail.startswith("tools")
+
+
+KEYS = [
+    *("messages", "conversations", "instruction", "instances", "input", "output", "context", "response", "inputs"),
+    *("targets", "inputs_pretokenized", "prompt", "completion", "text", "history", "system", "tools", "category"),
+    *("role", "from", "content", "value", "type", "tool_calls", "function_call", "function", "name", "arguments", "id"),
+    *("weight", "train", "reasoning", "thinking", "parameters", "tool_call_id"),
+]
+WORDS = [*("user", "assistant", "gpt", "tool", "function_call", "text", "reasoning", "tool_call"), "", "[", "[1]", "{}"]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.just(0.5) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6), st.sampled_from(["auto", *FORMATS]))
+def test_whatever_stands_in_a_row_is_told_and_never_a_traceback(row: dict[str, Any], format: str) -> None:
+    found = conversations_of(row, HERE, format, {"x": "y"}, unanswered=True)
+    assert found
+    for each in found:
+        assert each.origin == HERE
+        assert isinstance(each, LeftOut) or json.dumps(messages_row(each))
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

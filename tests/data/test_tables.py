@@ -61,6 +61,19 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, rows: list[tupl
     assert [row for _, row in read(path)] == [{"a": a, "b": b} for a, b in rows]
 
 
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from([b"a", b",", b'"', b"\n", b"\r", b"\xff", b"\0", b"\xef\xbb\xbf"]), max_size=20))
+def test_any_table_is_rows_or_a_refusal(tmp_path: Path, content: list[bytes]) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"".join(content))
+    lines = len(io.StringIO(b"".join(content).decode(errors="replace"), newline="").readlines())
+    try:
+        rows = read(path)
+    except InputRefused:
+        rows = []
+    assert all(1 <= line <= lines for line, _ in rows)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.ndjson.GZ", "rows.json.gz", "rows.csv.gz", "rows.tsv.gz"])
 def test_gzip(tmp_path: Path, name: str) -> None:
     content = {"csv": "text\na\nb\n", "tsv": "text\na\nb\n", "json": '[{"text":"a"},\n{"text":"b"}]'}
