@@ -117,6 +117,19 @@ class DataRecipe(_Section):
         "base model without one.",
     )
 
+    @field_validator("train")
+    @classmethod
+    def _no_hub(cls, train: str | Source | tuple[str | Source, ...]) -> str | Source | tuple[str | Source, ...]:
+        for given in train if isinstance(train, tuple) else (train,):
+            path = given if isinstance(given, str) else given.path
+            if path.startswith("hf://"):
+                name = path.removeprefix("hf://")
+                raise wrong(
+                    f"got {shown(path)}, but rows are read from disk; run `hf download {name} --repo-type dataset "
+                    "--local-dir FOLDER` and name that folder"
+                )
+        return train
+
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:

@@ -57,6 +57,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         suffix = _suffix(file)
         if suffix and _SHARD.sub("", file.name[: -len(suffix)]) in names:
             found.append(file)
+    if not found and (folder / "data").is_dir():  # where a data set of the Hub keeps its files
+        return _in_folder(folder / "data", split)
     return found
 
 

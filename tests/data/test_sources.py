@@ -108,6 +108,7 @@ def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path:
         ("train: [b.jsonl, {weight: 1}]", "data.train[1].path: got null, expected the name of a file or a folder"),
         ("train: [{path: a.jsonl, wieght: 1}]", "data.train[0].wieght: no such setting; a source has path and weight"),
         ("train: 3", "data.train: got 3, expected text, or path and weight, or a list of these; put it in quotes"),
+        ("train: [a.jsonl, hf://org/rows]", "run `hf download org/rows --repo-type dataset --local-dir FOLDER`"),
         ("train: a.jsonl\n  columns: {frage: x}", "data.columns.frage: no such name; names: prompt, response, "),
         ("train: a.jsonl\n  columns: {prompt: 3}", "data.columns.prompt: got 3, expected text; put it in quotes"),
     ],

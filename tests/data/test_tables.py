@@ -149,3 +149,9 @@ def test_folders_hold_their_splits_in_any_ending(tmp_path: Path) -> None:
     assert files_of([tmp_path]) == [tmp_path / "train.csv.gz"]
     assert files_of([tmp_path], "valid") == [tmp_path / "validation.tsv"]
     assert files_of([tmp_path], "test") == [tmp_path / shard for shard in shards]
+
+
+def test_a_data_set_of_the_hub_keeps_its_files_in_data(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    assert files_of([tmp_path]) == [tmp_path / "data" / "train-00000-of-00001.parquet"]
