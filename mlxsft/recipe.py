@@ -30,11 +30,40 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Source(_Section):
+    """Rows to train on, and how often an epoch has them."""
+
+    path: Text = Field(description="A file of rows, or a folder with a train file.")
+    weight: float = Field(
+        default=1.0, gt=0, le=100, description="How often an epoch has a row: 2 is twice; 0.5 takes half of the rows."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sentences(cls, values: object) -> object:
+        # The recipe's own sentences, since a section inside a list has no place among the settings.
+        if not isinstance(values, dict):
+            return values
+        for key in values:
+            if key not in cls.model_fields:
+                raise wrong("no such setting; a source has path and weight", str(key))
+        path, weight = values.get("path"), values.get("weight", 1.0)
+        if not isinstance(path, str) or not path:
+            raise wrong(f"got {shown(path)}, expected the name of a file or a folder", "path")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 100:
+            raise wrong(f"got {shown(weight)}, expected a number > 0 and ≤ 100", "weight")
+        return values
+
+
+_Sources = Annotated[tuple[Text | Source, ...], Field(min_length=1, strict=False, title="a list of these")]
+
+
 class DataRecipe(_Section):
     """Which rows are trained, and what of them."""
 
-    train: Text | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
-        description="The file of rows to train on (JSONL or JSON), or a list of files. "
+    train: Text | Source | _Sources = Field(
+        description="The rows to train on: a file (JSONL, JSON, CSV, TSV, Parquet or Arrow), a folder with a train "
+        "file, or a list of these. {path: FILE, weight: 2} has its rows twice an epoch; 0.5 takes half of them. "
         "A relative path starts at the folder of the recipe."
     )
     valid: Annotated[float, Field(gt=0, lt=1, title="a share of the rows")] | Text | None = Field(
@@ -42,8 +71,23 @@ class DataRecipe(_Section):
         description="What is held out for validation: a share of the rows (0.05 is 5 %), or a file of its own; "
         "null: no validation.",
     )
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = Field(
-        default="auto", description="The layout of the rows; auto: recognised by their keys."
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "self_instruct",
+        "dolly",
+        "alpaca",
+        "flan",
+        "prompt_completion",
+        "text",
+        "prompt",
+    ] = Field(default="auto", description="The layout of the rows; auto: recognised row by row by their keys.")
+    columns: dict[str, str] = Field(
+        default={},
+        description="What our names are called in the rows, for a layout of your own: {prompt: Frage, response: "
+        "Antwort}. Nothing else of a row is read then. Names: prompt, response, instruction, output, messages, "
+        "conversations, text, system, category, input, context, history, tools.",
     )
     max_tokens: int = Field(default=2048, ge=2, description="The longest row that is trained, in tokens of the model.")
     too_long: Literal["error", "drop", "keep-response", "split-turns"] = Field(
@@ -63,11 +107,39 @@ class DataRecipe(_Section):
         "run stops; escape: it is trained as ordinary text; drop: the row is left out; allow: it becomes the token.",
     )
     fill: dict[str, str] = Field(default={}, description="Values for the {{name}} placeholders in the rows, by name.")
+    templates: Text | None = Field(
+        default=None,
+        description="Phrasings for rows of one question, so that a small set does not teach a single one: "
+        "`instructions`, which is built in, or a YAML file; null: every question as it stands.",
+    )
     template: Text | None = Field(
         default=None,
         description="The name of a built-in chat template, or a Jinja file; null: the model's own, or `plain` for a "
         "base model without one.",
     )
+
+    @field_validator("train")
+    @classmethod
+    def _no_hub(cls, train: str | Source | tuple[str | Source, ...]) -> str | Source | tuple[str | Source, ...]:
+        for given in train if isinstance(train, tuple) else (train,):
+            path = given if isinstance(given, str) else given.path
+            if path.startswith("hf://"):
+                name = path.removeprefix("hf://")
+                raise wrong(
+                    f"got {shown(path)}, but rows are read from disk; run `hf download {name} --repo-type dataset "
+                    "--local-dir FOLDER` and name that folder"
+                )
+        return train
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        from mlxsft.data.formats import COLUMNS
+
+        for name in columns:
+            if name not in COLUMNS:
+                raise wrong(f"no such name; names: {', '.join(COLUMNS)}", name)
+        return columns
 
 
 class AdapterRecipe(_Section):
@@ -296,15 +368,23 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
 
     data = recipe.data
     train = data.train
+
+    def source(given: str | Source, *path: str | int) -> str | Source:
+        if isinstance(given, str):
+            return absolute(given, *path)
+        return given.model_copy(update={"path": absolute(given.path, *path, "path")})
+
     update: dict[str, object] = {
-        "train": absolute(train, "data", "train")
-        if isinstance(train, str)
-        else tuple(absolute(file, "data", "train", index) for index, file in enumerate(train))
+        "train": tuple(source(given, "data", "train", i) for i, given in enumerate(train))
+        if isinstance(train, tuple)
+        else source(train, "data", "train")
     }
     if isinstance(data.valid, str):
         update["valid"] = absolute(data.valid, "data", "valid")
     if data.template is not None and _is_template_file(data.template):
         update["template"] = absolute(data.template, "data", "template")
+    if data.templates is not None and _is_phrasings_file(data.templates):
+        update["templates"] = absolute(data.templates, "data", "templates")
     model = recipe.model
     folder = absolute(model, "model")
     if model.startswith((".", "~", "/")) or os.path.isabs(model) or os.path.isdir(folder):
@@ -314,3 +394,7 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
 
 def _is_template_file(template: str) -> bool:
     return "/" in template or os.sep in template or template.endswith((".jinja", ".txt"))
+
+
+def _is_phrasings_file(name: str) -> bool:
+    return "/" in name or os.sep in name or name.endswith((".yaml", ".yml", ".json"))

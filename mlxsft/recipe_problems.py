@@ -23,6 +23,7 @@ _FOREIGN = {
     "adapter.targets": "keys lora_target lora_target_linear lora_target_modules target_modules",
     "data.max_tokens": "cutoff_len max_length max_seq_len max_seq_length sequence_len",
     "data.template": "chat_template",
+    "data.columns": "column_mapping field_mapping",
     "data.train": "dataset datasets train_data train_file",
     "data.train_on": "mask_prompt train_on_inputs",
     "data.valid": "test_datasets val_set_size val_size validation",
@@ -111,12 +112,16 @@ def _sentence(path: KeyPath, detail: ErrorDetails, values: Mapping[str | int, An
 
 def _expected(schema: Mapping[str, Any]) -> str:
     """What a JSON Schema accepts, in words: `a whole number ≥ 1`."""
+    if "$ref" in schema:
+        return "path and weight"
     if "anyOf" in schema:
         return ", or ".join(_expected(option) for option in schema["anyOf"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "const" in schema:
         return str(schema["const"])
+    if schema["type"] == "array" and schema.get("title", "")[:1].islower():
+        return str(schema["title"])
     if schema["type"] == "array":
         return "a list of text" if "minItems" not in schema else "a list of text with something in it"
     if schema["type"] == "object":

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import click
 
-FORMATS = click.Choice(["auto", "alpaca", "prompt_completion", "messages", "text"])
+FORMATS = click.Choice(
+    [
+        "auto",
+        "messages",
+        "sharegpt",
+        "self_instruct",
+        "dolly",
+        "alpaca",
+        "flan",
+        "prompt_completion",
+        "text",
+        "prompt",
+    ]
+)
 
 
 @click.group()
@@ -31,6 +44,7 @@ def data() -> None:
 @click.option(
     "--special-tokens", type=click.Choice(["refuse", "escape", "drop", "allow"]), default="refuse", show_default=True
 )
+@click.option("--columns", multiple=True, metavar="NAME=COLUMN", help="What prompt, response, ... are called in FILES.")
 @click.option("--fill", multiple=True, metavar="NAME=VALUE", help="A value for {{NAME}} in the rows.")
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, help="How many rows.")
 @click.option("--plain", is_flag=True, help="Mark trained tokens with [brackets] rather than colour.")
@@ -45,6 +59,7 @@ def show(
     max_tokens: int,
     too_long: str,
     special_tokens: str,
+    columns: tuple[str, ...],
     fill: tuple[str, ...],
     count: int,
     plain: bool,
@@ -65,6 +80,7 @@ def show(
             "too_long": too_long,
             "train_on": train_on,
             "special_tokens": special_tokens,
+            "columns": dict(_pair(c, "--columns") for c in columns),
             "fill": dict(_pair(f) for f in fill),
             "template": template or None,
         }
@@ -74,8 +90,40 @@ def show(
         click.echo(shown.to_json() if as_json else shown.to_text(plain=plain or not colours_wanted()))
 
 
-def _pair(text: str) -> tuple[str, str]:
+@data.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The JSONL file to write.")
+@click.option("--format", "row_format", type=FORMATS, default="auto", show_default=True, help="Of the rows.")
+@click.option("--columns", multiple=True, metavar="NAME=COLUMN", help="What prompt, response, ... are called in FILES.")
+@click.option("--skip-broken", is_flag=True, help="Leave broken rows out rather than write nothing.")
+@click.option("--force", is_flag=True, help="Replace the file of --out where it exists.")
+@click.option("--json", "as_json", is_flag=True, help="What became of the rows as one JSON object.")
+def convert(
+    files: tuple[Path, ...],
+    out: Path,
+    row_format: str,
+    columns: tuple[str, ...],
+    skip_broken: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write rows of any layout as OpenAI messages, one JSON object a line."""
+    import json
+
+    from mlxsft.data.convert import convert_files
+
+    named = dict(_pair(column, "--columns") for column in columns)
+    ledger, left_out = convert_files(files, out, format=row_format, columns=named, force=force, skip_broken=skip_broken)
+    for row in left_out[:20]:
+        click.echo(f"left out: {row}", err=True)
+    if len(left_out) > 20:
+        click.echo(f"and {len(left_out) - 20} more", err=True)
+    counts = ", ".join(f"{count:,} {what}" for what, count in ledger.items())
+    click.echo(json.dumps({"out": str(out), "ledger": ledger}) if as_json else f"{out}: {counts}")
+
+
+def _pair(text: str, option: str = "--fill") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise click.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint="--fill")
+        raise click.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint=option)
     return name, value

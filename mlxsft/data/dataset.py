@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from mlxsft.data.formats import raise_for_broken
 from mlxsft.data.holdout import hold_out
+from mlxsft.data.phrasings import is_file
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rendered import RenderedRow, render_files
 from mlxsft.data.rows import LeftOut, files_of
+from mlxsft.data.sources import sources_of
 from mlxsft.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`train` and `valid` examples, `left_out` rows, and `ledger`: rows by what became of them; `read` is their sum."""
+    """`train` and `valid` examples, `left_out` rows, and `ledger`: rows by what became of them; `read` is their sum.
+
+    A row counts once in the ledger, however often its source's weight has it in `train`.
+    """
 
     train: list[Example]
     valid: list[Example]
@@ -42,7 +47,8 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
         data = data.model_copy(update={"max_tokens": renderer.positions})
     hashes = data_hashes(data)
     read = {
-        split: render_files(paths, data, renderer, split, hashes=hashes) for split, paths in data_paths(data).items()
+        split: render_files(sources, data, renderer, split, seed=seed, hashes=hashes)
+        for split, sources in sources_of(data).items()
     }
     train, valid = read["train"].rows, read["valid"].rows if "valid" in read else []
     left_out = [row for rendered in read.values() for row in rendered.left_out]
@@ -62,22 +68,21 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     ledger = {"read": len(train) + len(valid) + len(left_out), "trained": len(train), "held out": len(valid)}
     ledger |= Counter(row.reason for row in left_out)
     notes += _length_notes([*train, *valid])
-    return Dataset(_examples(train), _examples(valid), left_out, ledger, notes)
-
-
-def data_paths(data: DataRecipe) -> dict[str, list[Path]]:
-    """The files and folders that the recipe names, by what they are for: `train`, and `valid` where it is no share."""
-    named = {"train": data.train, "valid": data.valid}
-    return {
-        split: [Path(p) for p in ([paths] if isinstance(paths, str) else paths)]
-        for split, paths in named.items()
-        if isinstance(paths, str | tuple)
-    }
+    if data.templates is not None:
+        phrased = sum(row.phrased for row in (*train, *valid))
+        rest = len(train) + len(valid) - phrased
+        notes.append(f"data.templates: {phrased} rows phrased, {rest} as they stand (no single question)")
+    repeated = [row for row in train for _ in range(row.copies)]
+    if len(repeated) > len(train):
+        notes.append(f"data.train: weights add {len(repeated) - len(train)} repeated rows to the {len(train)} trained")
+    return Dataset(_examples(repeated), _examples(valid), left_out, ledger, notes)
 
 
 def data_hashes(data: DataRecipe) -> dict[str, str]:
     """SHA-256 of every file that is read, by its path. Raises InputRefused for one that is not there."""
-    files = [file for split, paths in data_paths(data).items() for file in files_of(paths, split)]
+    files = [file for split, sources in sources_of(data).items() for file in files_of([s.path for s in sources], split)]
+    if data.templates is not None and is_file(data.templates):
+        files.append(Path(data.templates))
     return {str(file): _sha256(file) for file in files}
 
 

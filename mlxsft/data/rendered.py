@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,8 +18,10 @@ from mlxsft import __version__
 from mlxsft.cache import cache_folder
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
+from mlxsft.data.phrasings import load_phrasings
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rows import LeftOut, Origin, files_of
+from mlxsft.data.sources import WeightedPath
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
@@ -30,10 +33,15 @@ _LAYOUT = 1  # of a cache file; raised whenever it changes
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """One row: `key` is equal for rows that ask the same (they are held out together)."""
+    """One row: `key` is equal for rows that ask the same (they are held out together).
+
+    `copies` is how often an epoch has it; `phrased` says that its question was put into other words.
+    """
 
     key: str
     examples: list[Example]
+    copies: int = 1
+    phrased: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,38 +53,70 @@ class Rendered:
 
 
 def render_files(
-    paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str, *, hashes: Mapping[str, str]
+    sources: Sequence[WeightedPath],
+    data: DataRecipe,
+    renderer: Renderer,
+    split: str,
+    *,
+    seed: int,
+    hashes: Mapping[str, str],
 ) -> Rendered:
-    """Every row of the files; `hashes` (SHA-256 by path) find what was rendered before."""
-    files = files_of(paths, split)
-    cache = _cache_file(files, data, renderer, split, hashes)
+    """Every row of the sources; `hashes` (SHA-256 by path) find what was rendered before."""
+    files = files_of([source.path for source in sources], split)  # every missing file is named at once
+    cache = _cache_file(files, sources, data, renderer, split, seed, hashes)
     if cache is not None and (kept := _load(cache)) is not None:
         return kept
-    rendered = _render(paths, data, renderer, split)
+    rendered = _render(sources, data, renderer, split, seed)
     if cache is not None and len(rendered.rows) >= CACHE_FROM_ROWS:
         _save(cache, rendered)
     return rendered
 
 
-def _render(paths: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str) -> Rendered:
+def _render(sources: Sequence[WeightedPath], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
     rendered = Rendered()
-    for row, made in renderer.rendered(_readable(paths, data, split, rendered.left_out), data):
+    read = deque[_Read]()  # rows on their way through the renderer, which keeps their order
+    for _, made in renderer.rendered(_phrased(sources, data, split, seed, rendered.left_out, read), data):
+        row = read.popleft()
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
         if examples and not any(m.broken for m in refused):
-            rendered.rows.append(RenderedRow(_key(row), examples))
+            rendered.rows.append(RenderedRow(row.key, examples, row.copies, row.phrased))
         else:
             rendered.left_out.extend(refused[:1])
     return rendered
 
 
-def _readable(paths: Sequence[Path], data: DataRecipe, split: str, left_out: list[LeftOut]) -> Iterator[Conversation]:
-    """The rows that can be read; the others are added to `left_out`."""
-    for row in read_conversations(paths, format=data.format, fill=data.fill, split=split):
-        if isinstance(row, LeftOut):
-            left_out.append(row)
-        else:
-            yield row
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is known of a row beside its text; the key is that of the question as its file has it."""
+
+    key: str
+    copies: int
+    phrased: bool
+
+
+def _phrased(
+    sources: Sequence[WeightedPath],
+    data: DataRecipe,
+    split: str,
+    seed: int,
+    left_out: list[LeftOut],
+    read: deque[_Read],
+) -> Iterator[Conversation]:
+    """The rows that are rendered, as they are asked; the others are added to `left_out`."""
+    phrasings = load_phrasings(data.templates) if data.templates is not None else None
+    for source in sources:
+        for row in read_conversations(
+            [source.path], format=data.format, columns=data.columns, fill=data.fill, split=split
+        ):
+            if isinstance(row, LeftOut):
+                left_out.append(row)
+            elif copies := source.copies(row, seed=seed):
+                phrased = row if phrasings is None else phrasings.phrase(row, seed=seed)
+                read.append(_Read(_key(row), copies, phrased is not row))
+                yield phrased
+            else:
+                left_out.append(LeftOut(row.origin, "left out by weight", f"the weight is {source.weight:g}"))
 
 
 def _key(row: Conversation) -> str:
@@ -89,7 +129,13 @@ def _key(row: Conversation) -> str:
 
 
 def _cache_file(
-    files: Sequence[Path], data: DataRecipe, renderer: Renderer, split: str, hashes: Mapping[str, str]
+    files: Sequence[Path],
+    sources: Sequence[WeightedPath],
+    data: DataRecipe,
+    renderer: Renderer,
+    split: str,
+    seed: int,
+    hashes: Mapping[str, str],
 ) -> Path | None:
     """The file for exactly these rows, settings, template, tokenizer and versions; None where one is not known."""
     fingerprint = renderer.tokenizer.fingerprint
@@ -100,6 +146,9 @@ def _cache_file(
         "versions": [__version__, version("transformers"), version("tokenizers"), version("jinja2")],
         "files": [[str(f), hashes[str(f)]] for f in files],
         "split": split,
+        "weights": [source.weight for source in sources],
+        "seed": seed if data.templates is not None or any(s.weight % 1 for s in sources) else None,
+        "phrasings": hashes.get(data.templates) if data.templates is not None else None,
         "settings": data.model_dump(mode="json", exclude={"train", "valid"}),
         "renderer": [fingerprint, renderer.template.sha256, renderer.embedding_rows],
     }
@@ -122,6 +171,8 @@ def _save(path: Path, rendered: Rendered) -> None:
         "answer_counts": np.array([len(e.answers) for e in examples], np.int64),
         "origins": np.array([(files.index(e.origin.file), e.origin.line) for e in examples], np.int64),
         "notes": np.array([notes.index(e.note) for e in examples], np.int32),
+        "copies": np.array([row.copies for row in rendered.rows], np.int32),
+        "phrased": np.array([row.phrased for row in rendered.rows], np.bool_),
         "example_counts": np.array([len(row.examples) for row in rendered.rows], np.int64),
         "keys": np.frombuffer(bytes.fromhex("".join(row.key for row in rendered.rows)), np.uint8),
     }
@@ -158,7 +209,8 @@ def _load(path: Path) -> Rendered | None:
         examples = iter(_examples(arrays, words["files"], words["notes"]))
         keys = [bytes(k).hex() for k in arrays["keys"].reshape(-1, 16)]
         counts = arrays["example_counts"].tolist()
-        rows = [RenderedRow(key, [next(examples) for _ in range(n)]) for key, n in zip(keys, counts, strict=True)]
+        facts = zip(keys, counts, arrays["copies"].tolist(), arrays["phrased"].tolist(), strict=True)
+        rows = [RenderedRow(key, [next(examples) for _ in range(n)], c, p) for key, n, c, p in facts]
         left_out = [LeftOut(Origin(f, line), *rest) for f, line, *rest in words["left_out"]]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, StopIteration, RuntimeError):
         return None

@@ -58,7 +58,7 @@ class Shown:
 
 def shown_rows(files: Sequence[Path], data: DataRecipe, renderer: Renderer, count: int) -> Iterator[Shown]:
     """The first `count` rows."""
-    for row in islice(read_conversations(files, format=data.format, fill=data.fill), count):
+    for row in islice(read_conversations(files, format=data.format, columns=data.columns, fill=data.fill), count):
         if isinstance(row, LeftOut):
             yield Shown(str(row.origin), [], row, None)
             continue
