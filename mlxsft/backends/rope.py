@@ -44,7 +44,7 @@ def _places(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _nested(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{type of layer: its parameters} where they differ by layer, else empty; a type without rotation has none."""
-    return {kind: parameters for kind, parameters in rope.items() if kind.endswith("_attention") and parameters}
+    return {k: own for k, own in rope.items() if k.endswith("_attention") and isinstance(own, dict) and own}
 
 
 def _fill(place: dict[str, Any], **values: Any) -> None:

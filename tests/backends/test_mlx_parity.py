@@ -30,10 +30,14 @@ ROUTED = {
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 HALF = {"partial_rotary_factor": 0.5}
 TIED = {"tie_word_embeddings": True}
+WINDOWS = {
+    **{"sliding_window": 16, "num_hidden_layers": 4},
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {},
     "cohere": TIED,
-    "cohere2": TIED | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": TIED | WINDOWS,
     "deepseek_v3": ROUTED | LATENT | {"num_key_value_heads": 4},
     "dots1": ROUTED | {"head_dim": 8, "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "ernie4_5": {"head_dim": 8},
@@ -53,7 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "nemotron": HALF,
     "olmo2": {},
-    "olmo3": {"sliding_window": 16},
+    "olmo3": WINDOWS,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi": HALF,
     "phi3": {"sliding_window": None},
@@ -66,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": HALF,
     "starcoder2": {},
 }
+NESTED = {"gemma3_text": 30.0, "olmo3": 50.0}  # theta of the layers with a window
 # mlx-lm takes another form of GELU, or rounds Gemma's scale of the embeddings to bfloat16.
 INEXACT = {"gemma": 2e-3, "gemma3_text": 2e-3, "gpt_neox": 2e-3, "starcoder2": 2e-3}
 
@@ -85,8 +90,9 @@ def save(folder: Path, family: str, rope: dict[str, Any], **changes: Any) -> Pat
     rope = {"rope_type": "default", "rope_theta": 50.0, **rope}
     if "partial_rotary_factor" in fields:
         rope["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
-    if family == "gemma3_text":
-        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
+    if family in NESTED:
+        local = {"rope_type": "default", "rope_theta": NESTED[family]}
+        rope = {"full_attention": rope, "sliding_attention": local}
     config = AutoConfig.for_model(family, vocab_size=write_tokenizer(folder), rope_parameters=rope, **fields)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
@@ -118,6 +124,8 @@ def change_rope(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     rope = config["rope_parameters"]
     rope.get("full_attention", rope).update(values)
+    if config["model_type"] == "olmo3" and "rope_theta" in values:  # one theta for all layers is all that mlx-lm has
+        rope["sliding_attention"].update(values)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -131,7 +139,7 @@ def test_a_family_has_the_losses_of_transformers(tmp_path: Path, family: str) ->
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3, LINEAR, YARN], ids=lambda scaling: scaling["rope_type"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "gemma3_text", "olmo3"])
 def test_stretched_positions_are_those_of_transformers(tmp_path: Path, family: str, scaling: dict[str, Any]) -> None:
     folder = save(tmp_path, family, scaling)
     losses = ours(folder)
@@ -153,7 +161,7 @@ def test_longrope_takes_its_factors_by_the_length_of_the_text(tmp_path: Path, or
 @pytest.mark.parametrize(
     ("family", "rope"),
     [
-        ("qwen3_moe", YARN),  # not read
+        ("qwen3_moe", YARN),
         ("cohere2", LINEAR),
         ("mixtral", LLAMA3),
         ("glm", HALF),
@@ -172,6 +180,12 @@ def test_another_theta_at_the_top_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 60.0}))
     with pytest.raises(InputRefused, match=r"rope_theta 50\.0"):
+        MlxBackend(open_model(str(folder)))
+
+
+def test_layers_with_another_theta_are_refused_where_mlx_lm_has_one(tmp_path: Path) -> None:
+    folder = save(tmp_path, "olmo3", {"rope_theta": 70.0})
+    with pytest.raises(InputRefused, match=r"layer 0 would rotate .* rope_theta 50\.0"):
         MlxBackend(open_model(str(folder)))
 
 
