@@ -19,6 +19,8 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlxsft.backends.rope import add_short_factors, complete_rope, refuse_other_rotation  # noqa: E402
+
 if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
 
@@ -26,9 +28,16 @@ if TYPE_CHECKING:
 LOADING_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RuntimeError, OSError),  # of MLX, reading the files
+    SystemExit,  # of OLMo's first model, where a package is missing
 )
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in|tok_embeddings)\.weight$")
 HEAD = "lm_head.weight"
+CORRECTION = "e_score_correction_bias"
+# What mlx-lm wants said in config.json, and where else transformers may have said it.
+OTHER_NAMES = {
+    "num_experts": ("num_local_experts", "n_routed_experts"),
+    "block_dim": ("hidden_size",),  # of LFM2
+}
 
 
 def load_checkpoint(source: ModelSource) -> nn.Module:
@@ -42,7 +51,9 @@ def load_checkpoint(source: ModelSource) -> nn.Module:
         return repairing(model_class, tied), arguments
 
     try:
-        model, _ = utils.load_model(source.folder, lazy=True, get_model_classes=classes)
+        model, config = utils.load_model(source.folder, lazy=True, get_model_classes=classes)
+        add_short_factors(model, config)
+        refuse_other_rotation(model, config, str(source.folder))
     except LOADING_ERRORS as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = re.sub(r"\s+", " ", f"{kind}{error}")
@@ -57,6 +68,12 @@ def complete(config: dict[str, Any], source: ModelSource) -> None:
     """Add what transformers leaves out of config.json, and mlx-lm needs or takes for something else."""
     if config.get("model_type") == "gpt2" and "n_positions" in config:
         config.setdefault("n_ctx", config["n_positions"])  # its name of long ago
+    for name, others in OTHER_NAMES.items():
+        if config.get(name) is None and (found := next((config[n] for n in others if config.get(n)), None)):
+            config[name] = found
+    if config.get("model_type") == "apertus":  # what is no choice any more for transformers
+        config.update({"qk_norm": True, "post_norm": False, "mlp_bias": False} | config)
+    complete_rope(config)
     # A head of its own is a Llama's default for transformers; for mlx-lm it is a tied one, and the tensor is dropped.
     if HEAD in source.tensors and any(map(EMBEDDING.search, source.tensors)):
         config.setdefault("tie_word_embeddings", False)
@@ -66,11 +83,23 @@ def repairing(model_class: type, tied: bool) -> type:
     """The model class, with a `sanitize` that first gives tensors the names that mlx-lm expects in a file."""
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        weights = repaired(weights, [name for name, _ in tree_flatten(self.parameters())], tied)
+        own = [name for name, _ in tree_flatten(self.parameters())]
+        refuse_dropped(weights, own)
+        weights = repaired(weights, own, tied)
         plain = getattr(model_class, "sanitize", None)
         return plain(self, weights) if plain else weights
 
     return type(model_class.__name__, (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__})
+
+
+def refuse_dropped(weights: dict[str, mx.array], own: list[str]) -> None:
+    """Raise InputRefused for numbers that choose experts, where mlx-lm's model has no place and drops them (ERNIE)."""
+    dropped = [name for name in weights if name.endswith(CORRECTION) and not any(o.endswith(CORRECTION) for o in own)]
+    if name := next((name for name in dropped if mx.any(weights[name] != 0).item()), None):
+        raise InputRefused(
+            f"{name}: mlx-lm does not read this tensor, and would send tokens to other experts than the model does",
+            "`pip install -U mlx-lm` may bring a version that reads it.",
+        )
 
 
 def repaired(weights: dict[str, mx.array], own: list[str], tied: bool) -> dict[str, mx.array]:
