@@ -191,6 +191,28 @@ def test_an_end_token_that_is_no_id_is_refused(tmp_path: Path, value: object) ->
     assert "eos_token_id" in refusal(tmp_path).message
 
 
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 32, "model_type": "gpt2"}, 32),
+        ({"text_config": {"max_position_embeddings": 16}}, 16),
+        ({"max_position_embeddings": 64, "sliding_window": 8, "model_type": "mistral"}, 8),
+        ({"max_position_embeddings": 64, "sliding_window": None, "model_type": "mistral"}, 64),
+        ({"max_position_embeddings": 64, "sliding_window": 8, "model_type": "gemma3_text"}, 64),
+        ({"max_position_embeddings": 64, "sliding_window": 8, "use_sliding_window": False, "model_type": "qwen2"}, 64),
+        ({"max_position_embeddings": True}, None),
+        ({}, None),
+    ],
+)
+def test_positions_are_what_the_model_takes(tmp_path: Path, config: dict[str, object], positions: int | None) -> None:
+    write_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k != "max_position_embeddings"}
+    path.write_text(json.dumps({**kept, **config}))
+    assert open_model(str(tmp_path)).positions == positions
+
+
 def test_a_folder_is_found_as_written_and_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "org" / "name")
     monkeypatch.setenv("HOME", str(tmp_path))
