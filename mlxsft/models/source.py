@@ -58,9 +58,9 @@ class ModelSource:
         found = (config[name] for config in (self.config, nested) for name in names if name in config)
         positions = next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
         window = self.config.get("sliding_window")
-        if self.config.get("model_type") in WINDOWS_NOT_APPLIED and self.config.get("use_sliding_window", True):
-            if isinstance(window, int) and not isinstance(window, bool) and window > 0:
-                return window if positions is None else min(positions, window)
+        unseen = self.config.get("model_type") in WINDOWS_NOT_APPLIED and self.config.get("use_sliding_window", True)
+        if unseen and isinstance(window, int) and not isinstance(window, bool) and window > 0:
+            return window if positions is None else min(positions, window)
         return positions
 
     def end_token_ids(self) -> frozenset[int]:
