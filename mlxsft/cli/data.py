@@ -6,12 +6,18 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.data_check import check, split
+
 FORMATS = click.Choice(["auto", "alpaca", "prompt_completion", "messages", "text"])
 
 
 @click.group()
 def data() -> None:
     """Look at rows before they are trained."""
+
+
+data.add_command(check)
+data.add_command(split)
 
 
 @data.command()
@@ -61,7 +67,7 @@ def show(
             "too_long": too_long,
             "train_on": train_on,
             "special_tokens": special_tokens,
-            "fill": dict(_pair(f) for f in fill),
+            "fill": dict(pair(f) for f in fill),
             "template": template,
         }
     )
@@ -70,7 +76,7 @@ def show(
         click.echo(shown.to_json() if as_json else shown.to_text(plain=plain))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
         raise click.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint="--fill")
