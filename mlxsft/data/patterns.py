@@ -44,7 +44,7 @@ def secrets(text: str) -> Iterator[Match]:
 def is_card(text: str) -> bool:
     """Whether these digits are a number that a known card network gives out: its prefix, its length, and Luhn."""
     digits = re.sub(r"\D", "", text)
-    if not _NETWORK.fullmatch(digits) or len(set(digits)) < 3:
+    if not _NETWORK.fullmatch(digits) or len(set(digits)) < 2:
         return False
     doubled = (int(d) * 2 if i % 2 else int(d) for i, d in enumerate(reversed(digits)))
     return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0

@@ -94,7 +94,8 @@ _DECLINES = re.compile(
     re.IGNORECASE,
 )
 _IS_A_MODEL = re.compile(
-    r"\bas an? (?:ai|artificial intelligence)(?: language model\b|(?: model| assistant)?,? i (?:can|do|am|have)(?:no|n['’])?t?\b)"
+    r"\bas an? (?:ai|artificial intelligence)"
+    r"(?: language model\b|(?: model| assistant)?,? i (?:can|do|am|have)(?:no|n['’])?t?\b)"
     r"|\bas a (?:large )?language model\b"
     r"|\bals (?:eine? )?(?:ki|sprachmodell)\b|\ben tant que modèle|\bcomo (?:un )?modelo de lenguaje",
     re.IGNORECASE,
