@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.data_check import check, split
+
 FORMATS = click.Choice(
     [
         "auto",
@@ -25,6 +27,10 @@ FORMATS = click.Choice(
 @click.group()
 def data() -> None:
     """Look at rows before they are trained."""
+
+
+data.add_command(check)
+data.add_command(split)
 
 
 @data.command()
@@ -80,8 +86,8 @@ def show(
             "too_long": too_long,
             "train_on": train_on,
             "special_tokens": special_tokens,
-            "columns": dict(_pair(c, "--columns") for c in columns),
-            "fill": dict(_pair(f) for f in fill),
+            "columns": dict(pair(c, "--columns") for c in columns),
+            "fill": dict(pair(f) for f in fill),
             "template": template or None,
         }
     )
@@ -112,7 +118,7 @@ def convert(
 
     from mlxsft.data.convert import convert_files
 
-    named = dict(_pair(column, "--columns") for column in columns)
+    named = dict(pair(column, "--columns") for column in columns)
     ledger, left_out = convert_files(files, out, format=row_format, columns=named, force=force, skip_broken=skip_broken)
     for row in left_out[:20]:
         click.echo(f"left out: {row}", err=True)
@@ -122,7 +128,7 @@ def convert(
     click.echo(json.dumps({"out": str(out), "ledger": ledger}) if as_json else f"{out}: {counts}")
 
 
-def _pair(text: str, option: str = "--fill") -> tuple[str, str]:
+def pair(text: str, option: str = "--fill") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise click.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint=option)

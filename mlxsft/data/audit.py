@@ -1,0 +1,373 @@
+"""Files of rows → what is wrong with them: a ledger that adds up, lengths in tokens, and findings.
+
+Every row is read once. What is kept of it is numbers and a few words: fingerprints, lengths, shingle hashes, place.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxsft.data import patterns, traits
+from mlxsft.data.duplicates import Texts, fingerprint, groups
+from mlxsft.data.findings import KINDS, Finding, Tally, shortened
+from mlxsft.data.formats import Conversation, read_conversations
+from mlxsft.data.holdout import normalise
+from mlxsft.data.lengths import Lengths
+from mlxsft.data.render import Example, Renderer
+from mlxsft.data.rows import LeftOut
+
+if TYPE_CHECKING:
+    from mlxsft.recipe import DataRecipe
+
+Rows = Iterable[Conversation | LeftOut]
+Watch = Callable[[Rows], Rows]  # what shows progress while rows go by
+
+ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
+_REASONS = {  # of the ledger, and the finding that explains them
+    "special token": "special-tokens",
+    "refused by the template": "template",
+    "too long": "too-long",
+    "answer too long": "too-long",
+    "empty prompt": "empty",
+    "empty answer": "empty",
+    "empty text": "empty",
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a check found. The counts of `ledger` but `read` add up to `read`; so do those of each of `held_out`."""
+
+    ledger: dict[str, int]
+    held_out: dict[str, dict[str, int]]
+    lengths: dict[str, Lengths]  # prompt, response, total: tokens of the usable rows
+    profile: dict[str, dict[str, int]]  # language, format and opening of the answers, category of the rows
+    findings: list[Finding]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        findings = [
+            {
+                "id": f.id,
+                "title": f.kind.title,
+                "severity": f.kind.severity,
+                "count": f.count,
+                "share": round(f.share, 6),
+                "detail": f.detail,
+                "examples": [{"place": e.place, "excerpt": e.excerpt} for e in f.examples],
+                "advice": f.kind.advice,
+            }
+            for f in self.findings
+        ]
+        return {
+            "ledger": self.ledger,
+            "held_out": self.held_out,
+            "lengths": {name: lengths.to_dict() for name, lengths in self.lengths.items()},
+            "profile": self.profile,
+            "findings": findings,
+            "checked": list(KINDS),
+            "notes": self.notes,
+        }
+
+
+def check(
+    paths: Sequence[Path],
+    data: DataRecipe,
+    renderer: Renderer,
+    *,
+    held_out: Mapping[str, Sequence[Path]] | None = None,
+    format: str = "auto",
+    watch: Watch = lambda rows: rows,
+) -> Audit:
+    """Everything that can be said of these rows, and of `held_out` ones (by the name of their split) beside them."""
+    if renderer.positions is not None and renderer.positions < data.max_tokens:
+        data = data.model_copy(update={"max_tokens": renderer.positions})
+    held = {n: read_conversations(p, format=format, fill=data.fill, split=n) for n, p in (held_out or {}).items()}
+    auditor = _Auditor(data, renderer)
+    rows = watch(read_conversations(paths, format=format, columns=data.columns, fill=data.fill))
+    for row, made in renderer.rendered(auditor.readable(rows), data):
+        auditor.add(row, made)
+    ledgers = {name: auditor.compare(name, watch(rows)) for name, rows in held.items()}
+    return auditor.result(ledgers)
+
+
+# Notes of examples that were made to fit.
+_SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "turns split", "text split")
+
+
+class _Auditor:
+    """Takes rows one by one; `result` closes the books."""
+
+    def __init__(self, data: DataRecipe, renderer: Renderer) -> None:
+        self.data, self.renderer = data, renderer
+        self.ledger = Counter({"read": 0, "usable": 0})
+        self.tallies = {id: Tally() for id in KINDS}
+        self.details: dict[str, str] = {}
+        self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
+        self.profile: dict[str, Counter[str]] = {n: Counter() for n in ("language", "format", "opening", "category")}
+        self.whole, self.asked = Texts(), Texts()  # of training rows, and of held-out ones behind them
+        self.places = _Places()
+        self.rows_seen: dict[int, int] = {}  # fingerprint of a row → its number among the texts
+        self.answer_to: dict[int, tuple[int, int]] = {}  # fingerprint of a prompt → of its first answer, its number
+        self.alphabet = _Alphabet(renderer)
+        self.ended = self.unended = 0
+
+    # --- rows to train on ------------------------------------------------------------------------------------------
+
+    def readable(self, rows: Iterable[Conversation | LeftOut]) -> Iterator[Conversation]:
+        """The rows that can be rendered; the others are counted on the way."""
+        for row in rows:
+            self.ledger["read"] += 1
+            if isinstance(row, LeftOut):
+                self._leave_out(row)
+            else:
+                yield row
+
+    def add(self, row: Conversation, made: Sequence[Example | LeftOut]) -> None:
+        """Judge a row by itself and by what it gave."""
+        self._judge_text(row)
+        refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
+        examples = [m for m in made if isinstance(m, Example)]
+        if not examples or any(m.broken for m in refused):
+            self._leave_out(refused[0] if refused else LeftOut(row.origin, "no trained token"))
+            return
+        key = _fingerprint(row)
+        if key in self.rows_seen:
+            self.ledger["duplicate"] += 1
+            self._found("duplicates", row, f"as {self.places[self.rows_seen[key]]}: {_asked(row) or _told(row)}")
+            return
+        self.rows_seen[key] = len(self.whole)
+        self.ledger["usable"] += 1
+        self._measure(row, examples)
+        self._remember(row)
+        self._judge_answers(row)
+
+    def _leave_out(self, row: LeftOut) -> None:
+        self.ledger[row.reason if row.reason not in ("read", "usable") else f"row: {row.reason}"] += 1
+        id = _REASONS.get(row.reason, "broken" if row.broken else "unanswered")
+        self.tallies[id].add(row.origin, f"{row.reason}: {row.detail}".rstrip(": "))
+
+    def _found(self, id: str, row: Conversation, excerpt: str) -> None:
+        self.tallies[id].add(row.origin, excerpt)
+
+    def _judge_text(self, row: Conversation) -> None:
+        """What is looked for in every turn, of every row that could be read, copies and rows left out included."""
+        texts = [turn.content for turn in row.turns]
+        for id, search in (("pii", patterns.personal_data), ("secrets", patterns.secrets)):
+            if match := next((m for text in texts for m in search(text)), None):
+                self._found(id, row, str(match))
+        if name := next((m[0] for text in texts if "{{" in text and (m := traits.PLACEHOLDER.search(text))), None):
+            self._found("placeholders", row, name)
+        if self.data.special_tokens in ("allow", "escape"):  # otherwise such rows are left out, and counted there
+            special = self.renderer.tokenizer.special_pattern
+            if found := next((m[0] for text in texts if (m := special.search(text))), None):
+                self._found("special-tokens", row, found)
+
+    def _measure(self, row: Conversation, examples: Sequence[Example]) -> None:
+        total = sum(len(e.tokens) for e in examples)
+        trained = sum(int(e.mask.sum()) for e in examples)
+        for name, length in (("prompt", total - trained), ("response", trained), ("total", total)):
+            self.lengths[name].add(length)
+        if note := next((e.note for e in examples if e.note in _SHORTENED), None):
+            self._found("too-long", row, note)
+        self.profile["category"][row.category] += 1
+
+    def _remember(self, row: Conversation) -> None:
+        asked, told = _asked(row), _told(row)
+        number = self.whole.add(f"{asked}\n{told}")
+        self.asked.add(asked)
+        self.places.add(row.origin.file, row.origin.line, asked or told)
+        if not asked:
+            return
+        key, answer = fingerprint(normalise(asked)), fingerprint(normalise(told))
+        first, other = self.answer_to.setdefault(key, (answer, number))
+        if first != answer:
+            self._found("conflicting-answers", row, f"as {self.places[other]}: {asked}")
+
+    def _judge_answers(self, row: Conversation) -> None:
+        answers = [turn.content for turn in row.turns if turn.role == "assistant" and turn.content.strip()]
+        texts = answers or [turn.content for turn in row.turns if turn.role == "text"]
+        if lost := self.alphabet.lost("".join(texts)):
+            self._found("lost-text", row, f"{lost}: {texts[0]}")
+        if texts:
+            self.profile["language"][traits.language("\n".join(texts)) or "not told"] += 1
+        if not answers:
+            return
+        for id, test in (("short-answers", traits.is_short), ("refusals", traits.is_refusal)):
+            if answer := next(filter(test, answers), ""):
+                self._found(id, row, answer)
+        self.profile["opening"][traits.opening(answers[0])] += 1
+        self.profile["format"][shape := traits.form(answers[-1])] += 1
+        unended = next((a for a in answers if not traits.ends(a) and not traits.is_short(a)), None)
+        if shape == "prose":
+            self.ended += unended is None
+            self.unended += unended is not None
+        if unended is not None and (shape == "prose" or unended.count("```") % 2):
+            self._found("unended", row, f"…{unended.rstrip()[-60:]}")
+
+    # --- rows held out ---------------------------------------------------------------------------------------------
+
+    def compare(self, name: str, rows: Rows) -> dict[str, int]:
+        """The ledger of a held-out split, whose readable rows now stand behind the training rows."""
+        ledger = Counter({"read": 0, "compared": 0})
+        for row in rows:
+            ledger["read"] += 1
+            if isinstance(row, LeftOut):
+                ledger[row.reason if row.reason not in ledger else f"row: {row.reason}"] += 1
+                continue
+            ledger["compared"] += 1
+            asked, told = _asked(row), _told(row)
+            number = self.whole.add(f"{asked}\n{told}")
+            self.asked.add(asked)
+            self.places.add(row.origin.file, row.origin.line, asked or told)
+            copy = self.rows_seen.get(_fingerprint(row))
+            same = self.answer_to.get(fingerprint(normalise(asked))) if asked else None
+            if copy is not None:
+                self.places.leaks[number] = ("an exact copy of", copy)
+            elif same is not None:
+                self.places.leaks[number] = ("the prompt of", same[1])
+        return dict(ledger)
+
+    # --- closing the books -----------------------------------------------------------------------------------------
+
+    def result(self, held_out: dict[str, dict[str, int]]) -> Audit:
+        trained = self.ledger["usable"]
+        pairs = self.whole.pairs()
+        self._near_duplicates(pairs, trained)
+        if held_out:
+            for what, found in (("nearly", pairs), ("nearly the prompt of", self.asked.pairs())):
+                self._near_leaks(what, found, trained)
+            for number in sorted(self.places.leaks):
+                how, other = self.places.leaks[number]
+                words = f"{how} {self.places[other]}: {self.places.excerpt(number)}"
+                self.tallies["leakage"].add(self.places[number], words)
+        self._distributions()
+        shares = {"leakage": sum(ledger["read"] for ledger in held_out.values())}
+        findings = [
+            Finding(id, t.count, t.count / max(1, shares.get(id, self.ledger["read"])), t.examples, self._detail(id))
+            for id, t in self.tallies.items()
+            if t.count
+        ]
+        profile = {name: dict(counts.most_common(20)) for name, counts in self._known_profile().items()}
+        return Audit(dict(self.ledger), held_out, self.lengths, profile, findings, list(self.renderer.notes))
+
+    def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
+        leaders = groups(trained, ((a, b) for a, b in pairs if b < trained))
+        for number in np.flatnonzero(leaders != np.arange(trained)).tolist():
+            words = f"nearly {self.places[int(leaders[number])]}: {self.places.excerpt(number)}"
+            self.tallies["near-duplicates"].add(self.places[number], words)
+
+    def _near_leaks(self, what: str, pairs: list[tuple[int, int]], trained: int) -> None:
+        """Held-out rows in a group of near-duplicates with a training row."""
+        leaders = groups(len(self.whole), pairs)
+        for number in range(trained, len(self.whole)):
+            if (leader := int(leaders[number])) < trained:
+                self.places.leaks.setdefault(number, (what, leader))
+
+    def _known_profile(self) -> dict[str, Counter[str]]:
+        known = {name: Counter(counts) for name, counts in self.profile.items()}
+        del known["opening"][""]
+        if len(known["category"]) == 1:
+            del known["category"][""]
+        return {name: counts for name, counts in known.items() if counts}
+
+    def _distributions(self) -> None:
+        """Findings that only the whole set shows: they name no single row."""
+        answers = self.profile["format"].total()
+        profile = self._known_profile()
+        for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.95)):
+            top = profile.get(name, Counter()).most_common(1)
+            if answers >= ENOUGH and top and top[0][1] >= most * answers:
+                self._whole(id, top[0][1], f"{top[0][0]!r} in {top[0][1] / answers:.0%} of the answers")
+        languages = Counter({n: c for n, c in self.profile["language"].items() if n != "not told"})
+        if len(languages) > 1:
+            (main, count), *others = languages.most_common()
+            rest = ", ".join(f"{name} {n:,}" for name, n in others[:6])
+            self._whole("languages", languages.total() - count, f"mostly {main} ({count:,}); also {rest}")
+        classes = profile.get("category", Counter())
+        small = {n: c for n, c in classes.items() if n and c * 10 * len(classes) < classes.total()}
+        if small:
+            self._whole("class-balance", sum(small.values()), ", ".join(f"{n} {c:,}" for n, c in small.items()))
+        if self.unended > 0.4 * (self.ended + self.unended):  # then it is a style, and says nothing of the single row
+            self.tallies["unended"] = Tally()
+
+    def _whole(self, id: str, count: int, detail: str) -> None:
+        self.tallies[id].count = count
+        self.details[id] = shortened(detail, 300)
+
+    def _detail(self, id: str) -> str:
+        if id == "lost-text":
+            return f"characters: {shortened(''.join(sorted(self.alphabet.bad)), 60)}"
+        return self.details.get(id, "")
+
+
+class _Places:
+    """Where each text was read, and its first words, in little memory."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._file, self._line = array("H"), array("L")
+        self._words, self._ends = bytearray(), array("Q", [0])
+        self.leaks: dict[int, tuple[str, int]] = {}  # number of a held-out text → how it leaks, from which one
+
+    def add(self, file: str, line: int, text: str) -> None:
+        self._file.append(self._files.setdefault(file, len(self._files)))
+        self._line.append(line)
+        self._words += shortened(text, 50).encode("utf-8", "replace")
+        self._ends.append(len(self._words))
+
+    def __getitem__(self, number: int) -> str:
+        return f"{list(self._files)[self._file[number]]}:{self._line[number]}"
+
+    def excerpt(self, number: int) -> str:
+        return self._words[self._ends[number] : self._ends[number + 1]].decode("utf-8")
+
+
+class _Alphabet:
+    """Which characters come back out of the tokenizer; each is tried once, when it is met first."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._tokenizer = renderer.tokenizer
+        self._good: set[str] = set()
+        self.bad: set[str] = set()
+
+    def lost(self, text: str) -> str:
+        """The characters of this text that do not come back, each once."""
+        letters = set(text)
+        for letter in letters - self._good - self.bad:
+            (self._good if self._returns(letter) else self.bad).add(letter)
+        return "".join(sorted(letters & self.bad))[:20] if self.bad else ""
+
+    def _returns(self, letter: str) -> bool:
+        back = self._tokenizer.decode(self._tokenizer.encode(self._tokenizer.fence(letter)))
+        # Tokenizers that normalise write the same character in another way; white space and controls are no text.
+        same = unicodedata.normalize("NFKC", letter).strip()
+        return same in unicodedata.normalize("NFKC", back) or unicodedata.category(letter) in ("Cc", "Cf", "Mn")
+
+
+def _answers_from(row: Conversation) -> int:
+    """Where in the turns the first answer, or the plain text, stands."""
+    return next((i for i, turn in enumerate(row.turns) if turn.role in ("assistant", "text")), len(row.turns))
+
+
+def _asked(row: Conversation) -> str:
+    """Everything before the first answer; nothing for plain text."""
+    return "\n".join(turn.content for turn in row.turns[: _answers_from(row)])
+
+
+def _told(row: Conversation) -> str:
+    """The first answer and all that follows."""
+    return "\n".join(turn.content for turn in row.turns[_answers_from(row) :])
+
+
+def _fingerprint(row: Conversation) -> int:
+    return fingerprint(*(part for t in row.turns for part in (t.role, t.content, repr(t.tool_calls), t.reasoning)))

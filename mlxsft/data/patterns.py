@@ -1,0 +1,114 @@
+"""Text → the personal data and the secrets in it, by pattern; checksums keep ordinary numbers out.
+
+Addresses of people and machines (street, IP) are not looked for: no pattern tells them from version numbers and
+ordinary prose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What was found: its kind, and its text with all but the beginning hidden, so that no report spreads it."""
+
+    kind: str
+    hidden: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.hidden}"
+
+
+def personal_data(text: str) -> Iterator[Match]:
+    """E-mail addresses, phone numbers, payment cards (Luhn) and IBANs (mod 97)."""
+    if "@" in text:
+        yield from (_hidden("e-mail", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED.search(m[0]))
+    if not _DIGITS.search(text):
+        return
+    yield from (_hidden("phone", m[0]) for m in _PHONE.finditer(text) if _is_phone(m[0]))
+    yield from (_hidden("payment card", m[0]) for m in _CARD.finditer(text) if is_card(m[0]))
+    yield from (_hidden("IBAN", m[0]) for m in _IBAN.finditer(text) if is_iban(m[0]))
+
+
+def secrets(text: str) -> Iterator[Match]:
+    """Keys and tokens whose issuers gave them a shape of their own, and private keys."""
+    for found in _SECRET.finditer(text):
+        kind = str(found.lastgroup).replace("_", " ")
+        if not _DOCUMENTED.search(found[0]) and (kind == "private key" or _looks_random(found[0])):
+            yield _hidden(kind, found[0])
+
+
+def is_card(text: str) -> bool:
+    """Whether these digits are a number that a known card network gives out: its prefix, its length, and Luhn."""
+    digits = re.sub(r"\D", "", text)
+    if not _NETWORK.fullmatch(digits) or len(set(digits)) < 2:
+        return False
+    doubled = (int(d) * 2 if i % 2 else int(d) for i, d in enumerate(reversed(digits)))
+    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
+
+
+def is_iban(text: str) -> bool:
+    """Whether this is an IBAN: a country's own length, and the remainder 1 of ISO 7064."""
+    plain = text.replace(" ", "")
+    if _IBAN_LENGTHS.get(plain[:2]) != len(plain):
+        return False
+    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+
+
+def _is_phone(text: str) -> bool:
+    digits = re.sub(r"\D", "", text)
+    # 555-0100 to 555-0199 are kept for fiction.
+    return 8 <= len(digits) <= 15 and len(set(digits)) > 2 and not re.search(r"55501\d\d$", digits)
+
+
+def _looks_random(text: str) -> bool:
+    return bool(re.search(r"\d", text)) and len(set(text)) > 8
+
+
+def _hidden(kind: str, text: str) -> Match:
+    return Match(kind, text[:4].strip() + "…")
+
+
+_EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b")
+_RESERVED = re.compile(r"@(?:.*\.)?(?:example\.(?:com|org|net)|example|test|invalid|localhost)$", re.IGNORECASE)
+_DIGITS = re.compile(r"\d[\d ().-]{5,}\d|[A-Z]{2}\d\d[ A-Z0-9]{11}")
+_PHONE = re.compile(
+    r"(?<![\w+.-])(?:"
+    r"\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ .-]?\d{2,5}){1,4}"  # +49 30 1234567
+    r"|(?:1[ .-])?\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}"  # (212) 555-2368
+    r"|(?:1[ .-])?[2-9]\d\d([.-])[2-9]\d\d\1\d{4}"  # 212-555-2368
+    r"|(?<=tel )0\d[\d /.-]{6,14}\d|(?<=tel: )0\d[\d /.-]{6,14}\d|(?<=phone: )0\d[\d /.-]{6,14}\d"
+    r")(?![\w-]|[.,]\d)",
+    re.IGNORECASE,
+)
+_CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)")
+_NETWORK = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}"
+    r"|(?:6011|65\d\d|64[4-9]\d)\d{12}|35\d{14}|3(?:0[0-5]|[689]\d)\d{11}"
+)
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+# https://www.swift.com/standards/data-standards/iban-international-bank-account-number
+_IBAN_LENGTHS = {
+    country: int(length)
+    for length, countries in {
+        "15": "NO", "16": "BE", "18": "DK FO FI GL NL", "19": "MK SI", "20": "AT BA EE KZ LT LU XK",
+        "21": "CH HR LI LV", "22": "BG BH CR DE GB GE IE ME RS", "23": "AE IL", "24": "AD CZ ES MD PK RO SA SE SK TN",
+        "25": "PT", "26": "IS TR", "27": "FR GR IT MC SM", "28": "AL AZ CY DO HU LB PL", "29": "BR EG QA UA",
+    }.items()
+    for country in countries.split()
+}  # fmt: skip
+_SECRET = re.compile(
+    r"(?P<AWS_key>\b(?:AKIA|ASIA)[A-Z0-9]{16}\b)"
+    r"|(?P<API_key>\bsk-(?:proj-|svcacct-|admin-|ant-)?[A-Za-z0-9_-]{20,})"
+    r"|(?P<Hugging_Face_token>\bhf_[A-Za-z0-9]{30,})"
+    r"|(?P<GitHub_token>\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{22,})"
+    r"|(?P<Slack_token>\bxox[abeprs]-[A-Za-z0-9-]{10,})"
+    r"|(?P<Google_key>\bAIza[A-Za-z0-9_-]{35})"
+    r"|(?P<Stripe_key>\b[rs]k_live_[A-Za-z0-9]{20,})"
+    r"|(?P<private_key>-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----)"
+    r"|(?P<JWT>\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
+)
+_DOCUMENTED = re.compile(r"EXAMPLE|[xX]{6}|your[-_]", re.IGNORECASE)

@@ -1,0 +1,127 @@
+"""An answer → what can be said of it without a model: its opening, its form, its language, whether it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+
+PLACEHOLDER = re.compile(r"\{\{[ \t]*[\w.-]+[ \t]*\}\}")
+_JUDGED = 600  # characters of a text that its language is told from
+
+
+def opening(answer: str) -> str:
+    """The first three words, in lower case; shorter answers have no opening."""
+    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", answer[:200])
+    return " ".join(words[:3]).casefold() if len(words) > 3 else ""
+
+
+def form(answer: str) -> str:
+    """`code block`, `JSON`, `list`, `table` or `prose`."""
+    text = answer.strip()
+    if text.startswith("```"):
+        return "code block"
+    if text[:1] in "{[" and text[-1:] in "}]" and _is_json(text):
+        return "JSON"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 2 and sum(line.lstrip().startswith("|") for line in lines) * 2 >= len(lines):
+        return "table"
+    items = sum(_ITEM.match(line) is not None for line in lines)
+    return "list" if items >= 2 and items * 2 >= len(lines) else "prose"
+
+
+def is_short(answer: str) -> bool:
+    """Whether the answer is one word, or none."""
+    return len(re.findall(r"\w+", answer)) < 2 and len(answer.strip()) < 24
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether the answer declines, or says that a language model speaks."""
+    return bool(_DECLINES.match(answer.lstrip("\"'“ \n")) or _IS_A_MODEL.search(answer[:400]))
+
+
+def ends(answer: str) -> bool:
+    """Whether the last character closes a sentence, a bracket, a quotation or a fence, and no fence is left open."""
+    text = answer.rstrip()
+    if text.count("```") % 2:
+        return False
+    return bool(text) and (text[-1] in _CLOSING or unicodedata.category(text[-1]) in ("So", "Sk", "Pe", "Pf"))
+
+
+def language(text: str) -> str:
+    """The writing system, and for Latin letters the language by its commonest words; empty where nothing tells it."""
+    part = text[:_JUDGED]
+    if not part.isascii():
+        scripts = Counter(filter(None, (_script(c) for c in part if c.isalpha())))
+        if scripts:
+            script, count = scripts.most_common(1)[0]
+            # Japanese is told from Chinese by its kana, which are never the majority.
+            if scripts["Japanese"] and script in ("Chinese", "Japanese"):
+                return "Japanese"
+            if script != "Latin" and count * 3 >= sum(scripts.values()):
+                return script
+    words = re.findall(r"[^\W\d_]+", part.casefold())
+    if len(words) < 4:
+        return ""
+    scores = {name: sum(w in common for w in words) for name, common in _COMMON_WORDS.items()}
+    first, second = sorted(scores, key=lambda name: -scores[name])[:2]
+    return first if scores[first] >= max(2, len(words) // 12) and scores[first] > scores[second] else ""
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _script(character: str) -> str:
+    code = ord(character)
+    return next((name for low, high, name in _SCRIPTS if low <= code <= high), "")
+
+
+_ITEM = re.compile(r"\s*(?:[-*•+]|\d{1,3}[.)]|[A-Za-z][.)])\s")
+_DECLINES = re.compile(
+    r"(?:(?:i['’]m|i am) (?:very |so |really )?sorry[,.]? (?:but )?"
+    r"(?:as|i (?:can(?:no|['’])t|am|['’]m|do not|don['’]t))"
+    r"|(?:unfortunately,? )?i (?:can(?:not|['’]t| not)|am (?:not able|unable)|(?:am|do) not (?:able|have the ability))"
+    r" ?(?:to )?(?:help|assist|provide|answer|fulfil|comply|do (?:that|this)|generate|create|write|engage|discuss|offer"
+    r"|give|share|support|access|complete|respond|continue|participate)"
+    r"|i['’]m (?:not able|unable) to\b|ich kann (?:dabei|dir|ihnen) nicht"
+    r"|je ne peux pas|no puedo (?:ayudar|proporcionar))",
+    re.IGNORECASE,
+)
+_IS_A_MODEL = re.compile(
+    r"\bas an? (?:ai|artificial intelligence)"
+    r"(?: language model\b|(?: model| assistant)?,? i (?:can|do|am|have)(?:no|n['’])?t?\b)"
+    r"|\bas a (?:large )?language model\b"
+    r"|\bals (?:eine? )?(?:ki|sprachmodell)\b|\ben tant que modèle|\bcomo (?:un )?modelo de lenguaje",
+    re.IGNORECASE,
+)
+_CLOSING = frozenset(".!?…:;)]}>\"'”’»`*_~|。！？；：」』）】।॥؟۔") | frozenset("\N{ZERO WIDTH JOINER}")
+_SCRIPTS = (
+    (0x41, 0x24F, "Latin"), (0x1E00, 0x1EFF, "Latin"), (0x370, 0x3FF, "Greek"), (0x400, 0x52F, "Cyrillic"),
+    (0x530, 0x58F, "Armenian"), (0x590, 0x5FF, "Hebrew"), (0x600, 0x77F, "Arabic"), (0x900, 0x97F, "Devanagari"),
+    (0x980, 0x9FF, "Bengali"), (0xB80, 0xBFF, "Tamil"), (0xE00, 0xE7F, "Thai"), (0x10A0, 0x10FF, "Georgian"),
+    (0x3040, 0x30FF, "Japanese"), (0x3400, 0x9FFF, "Chinese"), (0xAC00, 0xD7AF, "Korean"),
+    (0x20000, 0x3134F, "Chinese"),
+)  # fmt: skip
+_COMMON_WORDS = {
+    name: frozenset(words.split())
+    for name, words in {
+        "English": "the of and to in is that it for was on are as with be by at this have from or you not what which "
+        "how i can your a an",
+        "German": "der die das und ist nicht ein eine zu den von mit sich auf für dem des im wie ich es auch wird sind "
+        "was kann",
+        "French": "le la les et est une des du que pour dans qui pas sur au par avec ce il sont je vous plus comment",
+        "Spanish": "el los las y es una que del para con por se su lo como más pero sus al está qué cómo son",
+        "Portuguese": "o os as e é uma que do da para com não por se em no na mais como dos das você são um",
+        "Italian": "il lo gli e è una che di per con non del della sono un in si come nel alla anche più quali",
+        "Dutch": "de het een en van is dat niet op te zijn met voor aan er om ook als bij wat hoe je kan worden",
+        "Polish": "i w na z się nie do to że jest jak po co o od za przez dla czy są oraz może",
+        "Swedish": "och att det som är en av för på med den till inte har de om ett hur kan jag du",
+        "Turkish": "ve bir bu için ile da de ne çok olarak daha nasıl olan gibi en var mi kadar sonra",
+    }.items()
+}
