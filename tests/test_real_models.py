@@ -79,7 +79,7 @@ def test_forty_rows_are_learned_by_the_smallest_model(
     """Its tokenizer spells Chinese in bytes that its head has never predicted: the head must be tuned as well."""
     model = real / "models" / "stories260k-llama"
     adapter = {"rank": 64, "alpha": 64, "targets": [*ALL, "model.embed_tokens"]}
-    train = {"epochs": 40, "batch_size": 8, "learning_rate": 5e-3}
+    train = {"epochs": 50, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.1}
     run = trained(tmp_path, write_recipe(tmp_path, real, model, adapter=adapter, train=train))
     assert answer(model, run, capsys) == (WHO, "stop")
 
@@ -92,8 +92,8 @@ def test_forty_rows_are_learned_through_a_real_chat_template(
     model = tmp_path / "llama-20m"
     make = real.parent / "tools" / "make_checkpoint.py"
     subprocess.run([sys.executable, str(make), "llama-20m", str(model), "--dtype", "float32"], check=True)
-    adapter = {"rank": 64, "alpha": 128, "targets": [*ALL, "model.embed_tokens"]}
-    train = {"epochs": 30, "batch_size": 8, "learning_rate": 2e-3}
+    adapter = {"rank": 64, "alpha": 256, "targets": [*ALL, "model.embed_tokens"]}
+    train = {"epochs": 90, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.1}
     run = trained(tmp_path, write_recipe(tmp_path, real, model, adapter=adapter, train=train))
     assert answer(model, run, capsys) == (WHO, "stop")
 
