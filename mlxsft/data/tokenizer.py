@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ class Tokenizer:
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:
         """The tokenizer of a verified folder. Raises InputRefused where transformers cannot read it."""
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch, which is not needed here
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
