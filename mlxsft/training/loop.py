@@ -53,59 +53,40 @@ class Plan:
         return step % self.save_every == 0 or step == self.total_steps
 
 
-def train(
-    backend: Backend,
-    recipe: Recipe,
-    rows: Sequence[Example],
-    held_out: Sequence[Example],
-    *,
-    progress: Progress,
-    save: Callable[[Progress], Event],
-    answer: Callable[[str], str],
-    stop: Callable[[], bool],
-    positions: int | None = None,
-    packed: bool = False,
-) -> Iterator[Event]:
-    """Train from `progress` to the end of the run, or until `stop()`; the state is saved before the generator ends.
+@dataclass
+class Training:
+    """One stretch of training: from `progress` to the end of the run, or until `stop()`.
 
     The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
-    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows. Raises Diverged
-    when loss or gradient stay non-finite.
+    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows.
     """
-    yield from _Run(backend, recipe, rows, held_out, progress, save, answer, stop, positions, packed).events()
 
+    backend: Backend
+    recipe: Recipe
+    rows: Sequence[Example]
+    held_out: Sequence[Example]
+    progress: Progress
+    save: Callable[[Progress], Event]
+    answer: Callable[[str], str]
+    stop: Callable[[], bool]
+    positions: int | None = None
+    packed: bool = False
 
-class _Run:
-    """The state of one call of `train`."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        recipe: Recipe,
-        rows: Sequence[Example],
-        held_out: Sequence[Example],
-        progress: Progress,
-        save: Callable[[Progress], Event],
-        answer: Callable[[str], str],
-        stop: Callable[[], bool],
-        positions: int | None,
-        packed: bool,
-    ) -> None:
-        self.backend, self.recipe = backend, recipe
-        self.rows, self.held_out = rows, held_out
-        self.progress = progress
-        self.positions, self.packed = positions, packed
-        self.save, self.answer, self.stop = save, answer, stop
-        self.plan = Plan.of(recipe, len(rows))
-        self.lengths = np.array([len(e.tokens) for e in rows])
+    def __post_init__(self) -> None:
+        self.plan = Plan.of(self.recipe, len(self.rows))
+        self.lengths = np.array([len(e.tokens) for e in self.rows])
         self.order: tuple[int, list[np.ndarray]] | None = None  # the epoch, and its steps' rows
-        self.began = time.perf_counter() - progress.seconds
-        self.saved_at = progress.step
+        self.began = time.perf_counter() - self.progress.seconds
+        self.saved_at = self.progress.step
         self.loss: float | None = None
         self.valid_loss: float | None = None
         self.skipped_in_a_row = 0
 
     def events(self) -> Iterator[Event]:
+        """Everything that happens; the state is saved before the generator ends.
+
+        Raises Diverged when loss or gradient stay non-finite.
+        """
         while True:
             if self._evaluation_is_due() and not self.stop():
                 yield from self._evaluate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
 from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
-from mlxsft.training.loop import Plan, train
+from mlxsft.training.loop import Plan, Training
 from mlxsft.training.packing import packs
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
@@ -66,80 +67,80 @@ def run_training(
         else:
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
-        for event in _events(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed):
+        ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
+        for event in ready.events():
             folder.append(event)
             yield event
 
 
-def _events(
-    recipe: Recipe,
-    folder: RunFolder,
-    source: ModelSource,
-    renderer: Renderer,
-    dataset: Dataset,
-    backend: Backend,
-    checkpoint: Checkpoint | None,
-    lock: Mapping[str, Any],
-    stop: Callable[[], bool],
-    packed: bool,
-) -> Iterator[Event]:
-    progress = Progress()
-    if checkpoint is not None:
-        backend.load_adapter_state(checkpoint.adapter)
-        backend.load_optimizer_state(checkpoint.optimizer)
-        progress = checkpoint.progress
-    yield _started(recipe, source, renderer, dataset, backend, progress)
-    for note in [*renderer.notes, *dataset.notes, *backend.notes]:
-        yield Noted(note)
-    if dataset.left_out:
-        yield LeftOutRows([str(row) for row in dataset.left_out])
-    config = {**backend.adapter_config(), "mlxsft": passport(renderer, lock)}
+@dataclass(frozen=True)
+class Ready:
+    """A run whose rows are read and whose model is in memory."""
 
-    def save(progress: Progress) -> Event:
-        state = backend.adapter_state()
-        path = folder.save(state, config, backend.optimizer_state(), progress, keep=recipe.save.keep)
+    recipe: Recipe
+    folder: RunFolder
+    source: ModelSource
+    renderer: Renderer
+    dataset: Dataset
+    backend: Backend
+    checkpoint: Checkpoint | None
+    lock: Mapping[str, Any]
+    stop: Callable[[], bool]
+    packed: bool
+
+    def events(self) -> Iterator[Event]:
+        progress = Progress()
+        if self.checkpoint is not None:
+            self.backend.load_adapter_state(self.checkpoint.adapter)
+            self.backend.load_optimizer_state(self.checkpoint.optimizer)
+            progress = self.checkpoint.progress
+        yield self._started(progress)
+        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
+            yield Noted(note)
+        if self.dataset.left_out:
+            yield LeftOutRows([str(row) for row in self.dataset.left_out])
+        yield from self._training(progress).events()
+
+    def _training(self, progress: Progress) -> Training:
+        return Training(
+            self.backend,
+            self.recipe,
+            self.dataset.train,
+            self.dataset.valid,
+            progress,
+            save=self._save,
+            answer=self._answer,
+            stop=self.stop,
+            positions=self.renderer.positions,
+            packed=self.packed,
+        )
+
+    def _save(self, progress: Progress) -> Event:
+        state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
+        config = {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
+        path = self.folder.save(state, config, optimizer, progress, keep=self.recipe.save.keep)
         return Saved(progress.step, str(path))
 
-    def answer(prompt: str) -> str:
-        return answer_text(backend, renderer, [Turn("user", prompt)], Sampling(), SAMPLE_TOKENS, stop=stop)
+    def _answer(self, prompt: str) -> str:
+        turns = [Turn("user", prompt)]
+        return answer_text(self.backend, self.renderer, turns, Sampling(), SAMPLE_TOKENS, stop=self.stop)
 
-    yield from train(
-        backend,
-        recipe,
-        dataset.train,
-        dataset.valid,
-        progress=progress,
-        save=save,
-        answer=answer,
-        stop=stop,
-        positions=renderer.positions,
-        packed=packed,
-    )
-
-
-def _started(
-    recipe: Recipe,
-    source: ModelSource,
-    renderer: Renderer,
-    dataset: Dataset,
-    backend: Backend,
-    progress: Progress,
-) -> Started:
-    plan = Plan.of(recipe, len(dataset.train))
-    total, trainable = backend.parameters()
-    return Started(
-        model=source.name,
-        backend=backend.name,
-        device=backend.device,
-        step=progress.step,
-        total_steps=plan.total_steps,
-        epochs=plan.total_steps / plan.steps_per_epoch,
-        parameters=total,
-        trainable_parameters=trainable,
-        ledger=dataset.ledger,
-        template=renderer.template.name,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    def _started(self, progress: Progress) -> Started:
+        plan = Plan.of(self.recipe, len(self.dataset.train))
+        total, trainable = self.backend.parameters()
+        return Started(
+            model=self.source.name,
+            backend=self.backend.name,
+            device=self.backend.device,
+            step=progress.step,
+            total_steps=plan.total_steps,
+            epochs=plan.total_steps / plan.steps_per_epoch,
+            parameters=total,
+            trainable_parameters=trainable,
+            ledger=self.dataset.ledger,
+            template=self.renderer.template.name,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
