@@ -24,7 +24,7 @@ from mlxsft.errors import UsageError
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
     from mlxsft.models.source import ModelSource
-    from mlxsft.recipe import AdapterRecipe, TrainRecipe
+    from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
 

@@ -33,7 +33,7 @@ from mlxsft.backends.mlx_packing import isolation, unusual_cache, why_different 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
     from mlxsft.models.source import ModelSource
-    from mlxsft.recipe import AdapterRecipe, TrainRecipe
+    from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 EPSILON = 1e-8  # of AdamW, added to the square root
 

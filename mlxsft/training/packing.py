@@ -14,7 +14,7 @@ from mlxsft.data.batches import epoch_order, micro_packs, pack, stack
 if TYPE_CHECKING:
     from mlxsft.backends import Backend
     from mlxsft.data.render import Example
-    from mlxsft.recipe import TrainRecipe
+    from mlxsft.recipe_training import TrainRecipe
 
 UPDATES_TRIED = 20
 

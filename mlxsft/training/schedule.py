@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlxsft.recipe import TrainRecipe
+    from mlxsft.recipe_training import TrainRecipe
 
 
 def in_steps(amount: float | int, total_steps: int) -> int:

@@ -17,7 +17,7 @@ from mlxsft.data.batches import Batch
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import load_adapter, save_adapter
 from mlxsft.models.source import ModelSource
-from mlxsft.recipe import AdapterRecipe
+from mlxsft.recipe_training import AdapterRecipe
 from tests.backends.conftest import learned_adapter, make_batch
 
 Trainer = Callable[..., MlxBackend]

@@ -14,7 +14,7 @@ from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.data.batches import Batch
 from mlxsft.errors import InputRefused
 from mlxsft.models.source import ModelSource, open_model
-from mlxsft.recipe import AdapterRecipe
+from mlxsft.recipe_training import AdapterRecipe
 from tests.backends.conftest import ADAPTER, make_batch, rows_of
 
 Trainer = Callable[..., MlxBackend]

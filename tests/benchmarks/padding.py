@@ -23,7 +23,8 @@ from mlxsft.data.batches import Batch, batches, epoch_order
 from mlxsft.data.dataset import load_dataset
 from mlxsft.data.render import Example, load_renderer
 from mlxsft.models.source import open_model
-from mlxsft.recipe import AdapterRecipe, DataRecipe, TrainRecipe
+from mlxsft.recipe import DataRecipe
+from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 Updates = list[list[Batch]]
 

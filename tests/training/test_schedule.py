@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxsft.recipe import TrainRecipe
+from mlxsft.recipe_training import TrainRecipe
 from mlxsft.training.schedule import in_steps, learning_rate
 
 
