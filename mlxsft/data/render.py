@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
 
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}")
+ONE_A_TURN = "one example a turn"  # the note of a row whose earlier turns the template rewrites
 _ROWS_AT_ONCE = 256  # rendered, then tokenized together on all cores
 
 
@@ -195,7 +196,7 @@ class Renderer:
         longest = max((len(e.tokens) for e in examples), default=0)
         if longest > data.max_tokens:
             return self._shorten(row, examples, data, longest)
-        note = "one example a turn" if len(examples) > 1 else ""
+        note = ONE_A_TURN if len(examples) > 1 else ""
         if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
             note = "a {{placeholder}} is left in the text (data.fill)"
         return [self._verified(replace(e, note=note)) for e in examples] or [LeftOut(row.origin, "no trained token")]
