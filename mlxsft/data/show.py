@@ -83,9 +83,10 @@ def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Re
 
 
 def _differs(row: Conversation, examples: Sequence[Example]) -> str:
-    if any(example.note not in ("", ONE_A_TURN) for example in examples):
-        return "the row was shortened"
-    return "the row thinks; chat asks for no thoughts" if any(turn.reasoning for turn in row.turns) else ""
+    """Why the prompts differ, where they do."""
+    if any(turn.reasoning for turn in row.turns):
+        return "the row thinks; chat asks for no thoughts"
+    return "the row was shortened" if any(e.note not in ("", ONE_A_TURN) for e in examples) else ""
 
 
 def _marked(pieces: Sequence[str], mask: Sequence[bool], *, plain: bool) -> str:
