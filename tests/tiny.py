@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -18,16 +19,20 @@ TEXT = "Who are you? I am Pip, an assistant made by Tom. hello user assistant sy
 
 
 def write_tokenizer(
-    folder: Path, *, chat_template: str | None = CHATML, bos: str | None = None, eos: str = "<|im_end|>"
+    folder: Path,
+    *,
+    chat_template: str | None = CHATML,
+    bos: str | None = None,
+    eos: str = "<|im_end|>",
+    special: Sequence[str | AddedToken] = (),
 ) -> int:
-    """A byte-level BPE tokenizer with ChatML's special tokens; how many ids it has."""
+    """A byte-level BPE tokenizer with ChatML's special tokens and those of `special`; how many ids it has."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=special,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
 
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}")
+ONE_A_TURN = "one example a turn"  # the note of a row whose earlier turns the template rewrites
 _ROWS_AT_ONCE = 256  # rendered, then tokenized together on all cores
 
 
@@ -92,6 +93,7 @@ class Renderer:
         self.notes = self._chat.notes
         self.opening = self._chat.opening
         last = tokenizer.encode(self._chat.end_text)[-1:]
+        self._end_takes_space = any(map(tokenizer.takes_space, last))
         self.end_tokens = frozenset(end_tokens) | tokenizer.eos_token_ids | frozenset(last)
 
     def prompt(self, turns: Sequence[Turn], tools: Tools = ()) -> list[int]:
@@ -162,9 +164,16 @@ class Renderer:
 
     def _encode(self, scripts: Sequence[Script]) -> list[list[list[int]]]:
         """Token ids of every piece of every script; all are tokenized at once."""
-        texts = [(piece.text, i == 0) for script in scripts for i, piece in enumerate(script)]
+        texts = [(text, i == 0) for script in scripts for i, text in enumerate(self._texts(script))]
         ids = iter(self.tokenizer.encode_all(texts))
         return [[next(ids) for _ in script] for script in scripts]
+
+    def _texts(self, script: Script) -> Iterator[str]:
+        """The text of every piece; white space after an answer is left out where its end token takes it in."""
+        behind_answer = False
+        for piece in script:
+            yield piece.text.lstrip() if behind_answer and self._end_takes_space else piece.text
+            behind_answer = piece.answer
 
     def _example(self, row: Conversation, script: Script, ids: list[list[int]], data: DataRecipe) -> Example:
         """One example of the pieces of a script and their token ids."""
@@ -187,7 +196,7 @@ class Renderer:
         longest = max((len(e.tokens) for e in examples), default=0)
         if longest > data.max_tokens:
             return self._shorten(row, examples, data, longest)
-        note = "one example a turn" if len(examples) > 1 else ""
+        note = ONE_A_TURN if len(examples) > 1 else ""
         if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
             note = "a {{placeholder}} is left in the text (data.fill)"
         return [self._verified(replace(e, note=note)) for e in examples] or [LeftOut(row.origin, "no trained token")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxsft.data.formats import Conversation, read_conversations
-from mlxsft.data.render import Example, Renderer
+from mlxsft.data.render import ONE_A_TURN, Example, Renderer
 from mlxsft.data.rows import LeftOut
 from mlxsft.terminal import printable
 
@@ -28,6 +28,7 @@ class Shown:
     examples: list[tuple[Example, list[str]]]
     left_out: LeftOut | None
     prompt_matches: bool | None  # None for plain text, which has no prompt
+    differs: str = ""  # why the prompts may differ
 
     def to_text(self, *, plain: bool) -> str:
         lines = [f"── {self.origin} " + "─" * max(0, 60 - len(self.origin))]
@@ -40,7 +41,7 @@ class Shown:
             lines.append(f"   left out: {printable(str(self.left_out))}")
         if self.prompt_matches is not None:
             same = "is, token for token," if self.prompt_matches else "is NOT"
-            why = "" if self.prompt_matches else " (the row was shortened)" * any(e.note for e, _ in self.examples)
+            why = "" if self.prompt_matches or not self.differs else f" ({self.differs})"
             lines.append(f"   the prompt that chat renders {same} the prompt that is trained on{why}")
         return "\n".join(lines)
 
@@ -66,7 +67,9 @@ def shown_rows(files: Sequence[Path], data: DataRecipe, renderer: Renderer, coun
         examples = [e for e in made if isinstance(e, Example)]
         left_out = next((e for e in made if isinstance(e, LeftOut)), None)
         pieces = [(e, renderer.tokenizer.pieces(e.tokens.tolist())) for e in examples]
-        yield Shown(str(row.origin), pieces, left_out, _prompt_matches(row, examples, renderer))
+        yield Shown(
+            str(row.origin), pieces, left_out, _prompt_matches(row, examples, renderer), _differs(row, examples)
+        )
 
 
 def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Renderer) -> bool | None:
@@ -75,8 +78,15 @@ def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Re
     before = [e.tokens[:start].tolist() for e in examples for start in e.answers]
     if not asked or not before:
         return None
-    prompts = [renderer.prompt(turns) for turns in asked]
+    prompts = [renderer.prompt(turns, row.tools) for turns in asked]
     return all(tokens in prompts for tokens in before)
+
+
+def _differs(row: Conversation, examples: Sequence[Example]) -> str:
+    """Why the prompts differ, where they do."""
+    if any(turn.reasoning for turn in row.turns):
+        return "the row thinks; chat asks for no thoughts"
+    return "the row was shortened" if any(e.note not in ("", ONE_A_TURN) for e in examples) else ""
 
 
 def _marked(pieces: Sequence[str], mask: Sequence[bool], *, plain: bool) -> str:

@@ -8,9 +8,12 @@ the end token, is trained.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib import resources
+from os.path import commonprefix
 from pathlib import Path
 
 from mlxsft.data.formats import ToolCall, Turn
@@ -23,6 +26,14 @@ RENDER_SECONDS = 5.0  # a template that takes longer for one row is an attack or
 _PROBE = "mlxsftprobe"  # stands for an answer while the shape of a template is found out
 # Templates that can think are asked not to: then the prompt ends where the answer of the data begins.
 _NOT_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+# The date for templates that ask for today's, in training and in chat alike: the one that Llama's name by themselves.
+_DATE = datetime(2024, 7, 26)
+# The sandbox takes no function from outside. `+` keeps a line break with which the template begins.
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f".replace('%{letter}', '{_DATE.strftime('%' + letter)}')" for letter in "aAbBdmyYjHMS")
+    + " }}{%- endmacro +%}"
+)
 # What a template's own mistakes raise, beside Jinja's errors.
 _PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -93,6 +104,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         self.notes: list[str] = []
+        self._dated = "strftime_now" in template.text
         self._options: dict[str, bool] = {}
         self._own_generation_prompt = True
         self._takes_reasoning = True
@@ -103,9 +115,13 @@ class ChatTemplate:
                 f"chat template {template.name}: it cannot render a question and its answer: {error}",
                 "Name another one with data.template.",
             ) from error
+        if self._dated:
+            self.notes.append(f"the template asks for today's date; it always gets {_DATE:%d %b %Y}")
         user = Turn("user", "hi")
         self._takes_system = self._shows(Turn("system", _PROBE), user)
-        self._takes_calls = self._shows(user, Turn("assistant", "", tool_calls=(ToolCall(_PROBE, {}),)))
+        self._takes_calls = self._shows(user, Turn("assistant", "", tool_calls=(ToolCall(_PROBE, {}, "0" * 9),)))
+        self._takes_results = any(self._shows_result(user, call_id) for call_id in ("call_1", "0" * 9))
+        self._keeps_ids = self._shows_result(user, "call_1")
         tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
         self._takes_tools = self._shows(user, tools=[tool])
         self._takes_reasoning = self._shows(user, Turn("assistant", "yes", reasoning=_PROBE), thinking=True)
@@ -148,6 +164,10 @@ class ChatTemplate:
         except TemplateRefused:
             return False
 
+    def _shows_result(self, user: Turn, call_id: str) -> bool:
+        call = Turn("assistant", "", tool_calls=(ToolCall("tool", {}, call_id),))
+        return self._shows(user, call, Turn("tool", _PROBE, name="tool", call_id=call_id))
+
     # --- text --------------------------------------------------------------------------------------------------
 
     def _render(
@@ -160,7 +180,7 @@ class ChatTemplate:
         try:
             with time_limit(RENDER_SECONDS):
                 return self.tokenizer.apply_template(
-                    self.template.text,
+                    _DATE_MACRO * self._dated + self.template.text,
                     [self._message(turn) for turn in turns],
                     add_generation_prompt=generation,
                     **({"tools": list(tools)} if tools else {}),
@@ -180,13 +200,8 @@ class ChatTemplate:
             message["content"] = f"<think>\n{turn.reasoning}\n</think>\n\n{turn.content}"
         if turn.tool_calls:
             message["tool_calls"] = [
-                # Some templates insist on an id of nine letters or digits.
-                {
-                    "type": "function",
-                    "id": call.id or f"{i:09d}",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for i, call in enumerate(turn.tool_calls)
+                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                for call in turn.tool_calls
             ]
         if turn.name:
             message["name"] = turn.name
@@ -210,12 +225,29 @@ class ChatTemplate:
                 thinking = bool(turn.reasoning)
                 before = self._prompt_text(turns[:i], tools, thinking=thinking)
                 whole = self._render(turns[: i + 1], tools, thinking=thinking)
-                found.append((before, Piece(self._answer(whole, before), True, turn.trained)))
+                start = before
+                if not whole.startswith(before):
+                    start = self._rewritten(turns[:i], before, tools, thinking=thinking)
+                found.append((before, Piece(self._answer(whole, start), True, turn.trained)))
         return found
+
+    def _rewritten(self, turns: Sequence[Turn], before: str, tools: Tools, *, thinking: bool) -> str:
+        """What stands before the answer to these turns once it is given, where the prompt `before` was another.
+
+        Mistral's templates, say, put the system turn into the last user turn only as long as that waits for its answer.
+        """
+        answered = self._render((*turns, Turn("assistant", _PROBE)), tools, thinking=thinking)
+        waiting = self._render(turns, tools, thinking=thinking)
+        start = answered[: answered.rindex(_PROBE)] if _PROBE in answered else ""
+        start = start.removesuffix(self.opening)
+        shared = len(commonprefix([waiting, before]))  # noqa: RUF071  # characters are meant, not folders
+        if not start.endswith(before[shared:]):
+            raise TemplateRefused("it opens this answer differently from its generation prompt")
+        return start
 
     def _answer(self, whole: str, before: str) -> str:
         """What the template adds to `before` for an answer, up to and including the end token."""
-        if not whole.startswith(before):
+        if not (before and whole.startswith(before)):
             raise TemplateRefused("it opens this answer differently from its generation prompt")
         added = whole[len(before) :]
         if self._tail and added.endswith(self._tail):
@@ -247,12 +279,40 @@ class ChatTemplate:
 
     def _adapt(self, turns: Iterable[Turn], tools: Tools) -> tuple[Turn, ...]:
         """The turns as this template takes them: a system turn that it refuses goes before the first user turn."""
-        turns = tuple(turns)
-        if (tools and not self._takes_tools) or (not self._takes_calls and any(t.tool_calls for t in turns)):
+        turns = _with_ids(turns, keep=self._keeps_ids)
+        calls, results = any(t.tool_calls for t in turns), any(t.role == "tool" for t in turns)
+        if (tools and not self._takes_tools) or (calls and not self._takes_calls):
             raise TemplateRefused("it has no room for tools")
+        if results and not self._takes_results:
+            raise TemplateRefused("it has no room for the results of tools")
         if not self._takes_system and len(turns) > 1 and (turns[0].role, turns[1].role) == ("system", "user"):
             return (replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:])
         return turns
+
+
+def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
+    """The turns with an id for every call, and that of its call for every result.
+
+    Ids that are missing, or all where `keep` is False, are numbers of nine digits: some templates insist on nine
+    letters or digits. A result that names no known call belongs to the oldest one that waits for a result.
+    """
+    given: dict[str, str] = {}
+    waiting: deque[str] = deque()
+    made = []
+    for turn in turns:
+        calls = []
+        for call in turn.tool_calls:
+            new = call.id if keep and call.id else f"{len(given):09d}"
+            given[call.id or new] = new
+            waiting.append(new)
+            calls.append(replace(call, id=new))
+        call_id = turn.call_id
+        if turn.role == "tool" and (not keep or not call_id):
+            call_id = given.get(call_id) or (waiting[0] if waiting else "0" * 9)
+        if call_id in waiting:
+            waiting.remove(call_id)
+        made.append(replace(turn, tool_calls=tuple(calls), call_id=call_id))
+    return tuple(made)
 
 
 def _pieces(prompt: str, answered: Iterable[tuple[str, Piece]]) -> Script:

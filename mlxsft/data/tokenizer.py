@@ -77,6 +77,11 @@ class Tokenizer:
         text = text.replace(_FENCE_OPEN, "\ufffd").replace(_FENCE_CLOSE, "\ufffd")
         return self.special_pattern.sub(lambda m: f"{_FENCE_OPEN}{m[0]}{_FENCE_CLOSE}", text)
 
+    def takes_space(self, token_id: int) -> bool:
+        """Whether it is a special token that takes in the white space after it, as Phi-3's do."""
+        added = self.hf.added_tokens_decoder.get(token_id)
+        return added is not None and bool(added.rstrip)
+
     @cached_property
     def begins_with_bos(self) -> bool:
         """Whether the tokenizer puts its beginning-of-text token before a text by itself."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,3 +118,131 @@ def test_real_templates_show_that_chat_sends_what_was_trained(
     for row, answers in zip(shown, (["I am Pip."], ["Hello!", "Bye Pip!"]), strict=True):
         trained = "".join(t for e in row["examples"] for t, m in zip(e["tokens"], e["mask"], strict=True) if m)
         assert trained == "".join(f"{a}<|im_end|>" for a in answers)
+
+
+# --- every format ----------------------------------------------------------------------------------------------------
+
+TOOL = {"name": "search", "description": "", "parameters": {}}
+CALL = {"name": "search", "arguments": {"q": "a"}}
+CALLED = ' <tool_call>{"name": "search", "arguments": {"q": "a"}}</tool_call>'
+ASKED = {"role": "user", "content": "Q"}
+SAID = {"role": "assistant", "content": "A"}
+# A row in each format, and what is trained of it, turn by turn; a row of several answers is shown once for each.
+FORMATS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
+    "alpaca": ({"instruction": "Sum", "input": "1 2", "output": "3"}, [[" 3"]]),
+    "alpaca with a history": (
+        {"instruction": "Q", "output": "A", "history": [["P", "B"]], "system": "S"},
+        [[" B", " A"]],
+    ),
+    "dolly": ({"instruction": "Sum", "context": "1 2", "response": "3", "category": "qa"}, [[" 3"]]),
+    "flan": ({"inputs": "Q", "targets": "A"}, [[" A"]]),
+    "p3 lists": ({"inputs_pretokenized": "Q", "targets_pretokenized": "A", "inputs": [3], "targets": [4]}, [[" A"]]),
+    "several targets": ({"inputs": "Q", "targets": ["A", "B"]}, [[" A"], [" B"]]),
+    "self-instruct": (
+        {"instruction": "Sum", "instances": [{"input": "1", "output": "1"}, {"input": "2", "output": "2"}]},
+        [[" 1"], [" 2"]],
+    ),
+    "sharegpt with tools": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "found"},
+                {"from": "gpt", "value": "A"},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        [[CALLED, " A"]],
+    ),
+    "openai tool calls": (
+        {
+            "messages": [
+                ASKED,
+                {**SAID, "content": None, "tool_calls": [{"id": "c", "type": "function", "function": CALL}]},
+                {"role": "tool", "tool_call_id": "c", "content": "found"},
+                SAID,
+            ],
+            "tools": [{"type": "function", "function": TOOL}],
+        },
+        [[CALLED, " A"]],
+    ),
+    "openai weights": (
+        {"messages": [ASKED, {**SAID, "weight": 0}, ASKED, {**SAID, "content": "B"}]},
+        [[" B"]],
+    ),
+    "openai typed parts": (
+        {"messages": [ASKED, {**SAID, "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]},
+        [[" AB"]],
+    ),
+    "openai reasoning": (
+        {"messages": [ASKED, {**SAID, "reasoning_content": "R"}]},
+        [[" <think>\nR\n</think>\n\nA"]],
+    ),
+    "prompt and completion": ({"prompt": "Q", "completion": "A"}, [[" A"]]),
+    "question and answer": ({"question": "Q", "answer": "A"}, [[" A"]]),
+    "query and response": ({"query": "Q", "response": "A"}, [[" A"]]),
+    "input and target": ({"input": "Q", "target": "A"}, [[" A"]]),
+    "prompt as messages": ({"prompt": [ASKED], "completion": [SAID]}, [[" A"]]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model: the plain template, which has room for tools."""
+    return write_llama(tmp_path_factory.mktemp("models") / "base", chat_template=None, eos="<|endoftext|>")
+
+
+def trained_turns(example: dict[str, Any]) -> list[str]:
+    """The stretches of trained text, in order."""
+    runs = groupby(zip(example["tokens"], example["mask"], strict=True), key=itemgetter(1))
+    return ["".join(token for token, _ in run) for trained, run in runs if trained]
+
+
+def marked(example: dict[str, Any]) -> str:
+    """The text as it is shown without colours."""
+    tokens = zip(example["tokens"], example["mask"], strict=True)
+    return "".join(f"[{token}]" if trained else token for token, trained in tokens)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_trained_of_every_format(
+    name: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, answers = FORMATS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    arguments = (str(path), "--model", str(base), "-n", "9")
+    shown = [json.loads(line) for line in show(capsys, *arguments, "--json").splitlines()]
+    assert [s["prompt_matches"] for s in shown] == [True] * len(answers)
+    assert [s["left_out"] for s in shown] == [None] * len(answers)
+    found = [trained_turns(example) for s in shown for example in s["examples"]]
+    assert found == [[answer + "<|endoftext|>" for answer in turns] for turns in answers]
+
+    plain = show(capsys, *arguments, "--plain")
+    for example in (e for s in shown for e in s["examples"]):
+        assert marked(example) in plain
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    coloured = show(capsys, *arguments)
+    green = "".join(re.findall(r"\x1b\[32m\x1b\[1m(.*?)\x1b\[0m", coloured, re.DOTALL))
+    assert green == "".join(answer + "<|endoftext|>" for turns in answers for answer in turns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert show(capsys, *arguments) == plain
+
+
+def test_text_and_columns(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "Hello."}\n{"Frage": "Q", "Antwort": "A"}\n')
+    (text,) = map(json.loads, show(capsys, str(path), "--model", str(base), "--json", "-n", "1").splitlines())
+    assert text["examples"][0]["mask"] == [False] + [True] * (len(text["examples"][0]["tokens"]) - 1)
+    named = ("--columns", "prompt=Frage", "--columns", "response=Antwort")
+    path.write_text('{"Frage": "Q", "Antwort": "A"}\n')
+    (row,) = map(json.loads, show(capsys, str(path), "--model", str(base), "--json", *named).splitlines())
+    assert trained_turns(row["examples"][0]) == [" A<|endoftext|>"]
+
+
+def test_why_the_prompts_differ_is_said(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_llama(tmp_path / "qwen3", tokenizer_from=real / "tokenizers" / "qwen3")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(FORMATS["openai reasoning"][0]) + "\n")
+    out = show(capsys, str(path), "--model", str(model), "--plain")
+    assert "is NOT the prompt that is trained on (the row thinks; chat asks for no thoughts)" in out
