@@ -72,10 +72,10 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
         phrased = sum(row.phrased for row in (*train, *valid))
         rest = len(train) + len(valid) - phrased
         notes.append(f"data.templates: {phrased} rows phrased, {rest} as they stand (no single question)")
-    repeated = [row for row in train for _ in range(row.copies)]
-    if len(repeated) > len(train):
-        notes.append(f"data.train: weights add {len(repeated) - len(train)} repeated rows to the {len(train)} trained")
-    return Dataset(_examples(repeated), _examples(valid), left_out, ledger, notes)
+    if repeats := sum(row.copies - 1 for row in train):
+        notes.append(f"data.train: weights add {repeats} repeated rows to the {len(train)} trained")
+    examples = [example for row in train for example in row.repeated()]
+    return Dataset(examples, [example for row in valid for example in row.examples], left_out, ledger, notes)
 
 
 def data_hashes(data: DataRecipe) -> dict[str, str]:
@@ -89,10 +89,6 @@ def data_hashes(data: DataRecipe) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _examples(rows: Iterable[RenderedRow]) -> list[Example]:
-    return [example for row in rows for example in row.examples]
 
 
 def _length_notes(rows: Iterable[RenderedRow]) -> list[str]:

@@ -28,20 +28,31 @@ if TYPE_CHECKING:
 
 CACHE_FROM_ROWS = 2000  # fewer are rendered faster than people notice
 CACHE_BYTES = 2_000_000_000  # of all files together; the oldest go first
-_LAYOUT = 1  # of a cache file; raised whenever it changes
+_LAYOUT = 2  # of a cache file; raised whenever it changes
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
     """One row: `key` is equal for rows that ask the same (they are held out together).
 
-    `copies` is how often an epoch has it; `phrased` says that its question was put into other words.
+    `copies` is how often an epoch has it; `phrased` says that its question was put into other words. `versions` has the
+    examples of each of its phrasings, at most as many as copies; the copies take them in turn.
     """
 
     key: str
-    examples: list[Example]
+    versions: list[list[Example]]
     copies: int = 1
     phrased: bool = False
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those of the row as it is held out, and as it comes first in training."""
+        return self.versions[0]
+
+    def repeated(self) -> Iterator[Example]:
+        """The examples of all copies."""
+        for i in range(self.copies):
+            yield from self.versions[i % len(self.versions)]
 
 
 @dataclass(frozen=True)
@@ -73,26 +84,35 @@ def render_files(
 
 
 def _render(sources: Sequence[WeightedPath], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
-    rendered = Rendered()
+    rendered, taken = Rendered(), False
     read = deque[_Read]()  # rows on their way through the renderer, which keeps their order
     for _, made in renderer.rendered(_phrased(sources, data, split, seed, rendered.left_out, read), data):
         row = read.popleft()
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
-        if examples and not any(m.broken for m in refused):
-            rendered.rows.append(RenderedRow(row.key, examples, row.copies, row.phrased))
-        else:
+        usable = bool(examples) and not any(m.broken for m in refused)
+        if row.first:
+            taken = usable
+        if row.first and usable:
+            rendered.rows.append(RenderedRow(row.key, [examples], row.copies, row.phrased))
+        elif row.first:
             rendered.left_out.extend(refused[:1])
+        elif taken and usable:  # where a phrasing does not fit, the copy takes another one
+            rendered.rows[-1].versions.append(examples)
     return rendered
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What is known of a row beside its text; the key is that of the question as its file has it."""
+    """What is known of a row beside its text; the key is that of the question as its file has it.
+
+    `first` is False for the further phrasings of the row before.
+    """
 
     key: str
     copies: int
     phrased: bool
+    first: bool
 
 
 def _phrased(
@@ -112,9 +132,10 @@ def _phrased(
             if isinstance(row, LeftOut):
                 left_out.append(row)
             elif copies := source.copies(row, seed=seed):
-                phrased = row if phrasings is None else phrasings.phrase(row, seed=seed)
-                read.append(_Read(_key(row), copies, phrased is not row))
-                yield phrased
+                versions = [row] if phrasings is None else phrasings.phrase(row, seed=seed, copies=copies)
+                for i, version in enumerate(versions):
+                    read.append(_Read(_key(row), copies, version is not row, first=i == 0))
+                    yield version
             else:
                 left_out.append(LeftOut(row.origin, "left out by weight", f"the weight is {source.weight:g}"))
 
@@ -160,7 +181,8 @@ def _save(path: Path, rendered: Rendered) -> None:
     """Keep the rows; a cache that cannot be written is done without."""
     from safetensors.numpy import save
 
-    examples = [e for row in rendered.rows for e in row.examples]
+    versions = [version for row in rendered.rows for version in row.versions]
+    examples = [e for version in versions for e in version]
     files = sorted({e.origin.file for e in examples})
     notes = sorted({e.note for e in examples})
     arrays = {
@@ -173,7 +195,8 @@ def _save(path: Path, rendered: Rendered) -> None:
         "notes": np.array([notes.index(e.note) for e in examples], np.int32),
         "copies": np.array([row.copies for row in rendered.rows], np.int32),
         "phrased": np.array([row.phrased for row in rendered.rows], np.bool_),
-        "example_counts": np.array([len(row.examples) for row in rendered.rows], np.int64),
+        "version_counts": np.array([len(row.versions) for row in rendered.rows], np.int64),
+        "example_counts": np.array([len(version) for version in versions], np.int64),
         "keys": np.frombuffer(bytes.fromhex("".join(row.key for row in rendered.rows)), np.uint8),
     }
     left_out = [[r.origin.file, r.origin.line, r.reason, r.detail, r.broken, r.column] for r in rendered.left_out]
@@ -208,9 +231,10 @@ def _load(path: Path) -> Rendered | None:
             words = json.loads(file.metadata()["words"])
         examples = iter(_examples(arrays, words["files"], words["notes"]))
         keys = [bytes(k).hex() for k in arrays["keys"].reshape(-1, 16)]
-        counts = arrays["example_counts"].tolist()
+        versions = ([next(examples) for _ in range(n)] for n in arrays["example_counts"].tolist())
+        counts = arrays["version_counts"].tolist()
         facts = zip(keys, counts, arrays["copies"].tolist(), arrays["phrased"].tolist(), strict=True)
-        rows = [RenderedRow(key, [next(examples) for _ in range(n)], c, p) for key, n, c, p in facts]
+        rows = [RenderedRow(key, [next(versions) for _ in range(n)], c, p) for key, n, c, p in facts]
         left_out = [LeftOut(Origin(f, line), *rest) for f, line, *rest in words["left_out"]]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, StopIteration, RuntimeError):
         return None

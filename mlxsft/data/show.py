@@ -75,7 +75,7 @@ def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Re
     before = [e.tokens[:start].tolist() for e in examples for start in e.answers]
     if not asked or not before:
         return None
-    prompts = [renderer.prompt(turns) for turns in asked]
+    prompts = [renderer.prompt(turns, row.tools) for turns in asked]
     return all(tokens in prompts for tokens in before)
 
 

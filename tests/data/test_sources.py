@@ -82,6 +82,35 @@ def test_phrasings_are_trained_and_questions_stay_on_one_side(tmp_path: Path, re
     assert len(prompts) > 2
 
 
+@pytest.mark.parametrize("kept", [10**9, 0])
+def test_the_copies_of_a_row_take_other_phrasings(
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr("mlxsft.data.rendered.CACHE_FROM_ROWS", kept)
+    train = {"path": write(tmp_path / "a.jsonl", range(20)), "weight": 12}
+    data = DataRecipe.model_validate({"train": train, "valid": 0.2, "templates": "instructions"})
+    made = [load_dataset(data, renderer, seed=seed) for seed in (0, 0, 1)]
+    assert made[0].ledger == {"read": 20, "trained": 16, "held out": 4}
+    assert (len(made[0].train), len(made[0].valid)) == (16 * 12, 4)
+    texts = [[e.tokens.tolist() for e in each.train] for each in made]
+    assert texts[0] == texts[1] != texts[2]
+    by_row: dict[object, Counter[str]] = {}
+    for example in made[0].train:
+        by_row.setdefault(example.origin, Counter())[str(example.tokens.tolist())] += 1
+    assert all(sorted(times.values()) == [1] * 8 + [2] * 2 for times in by_row.values())  # there are ten phrasings
+
+
+def test_a_copy_whose_phrasing_does_not_fit_takes_another(tmp_path: Path, renderer: Renderer) -> None:
+    long = " ".join(["please"] * 60)
+    (tmp_path / "p.yaml").write_text(f"phrasings: ['{{prompt}}', '{long} {{prompt}}']")
+    train = {"path": write(tmp_path / "a.jsonl", range(30)), "weight": 2}
+    settings = {"train": train, "valid": None, "templates": str(tmp_path / "p.yaml"), "max_tokens": 64}
+    made = load_dataset(DataRecipe.model_validate({**settings, "too_long": "drop"}), renderer, seed=0)
+    assert made.ledger["read"] == 30 == made.ledger["trained"] + made.ledger["too long"]
+    assert len(made.train) == 2 * made.ledger["trained"] > 0
+    assert max(len(example.tokens) for example in made.train) <= 64
+
+
 def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("phrasings: ['{prompt}']")
     recipe_file = tmp_path / "recipe.yaml"
