@@ -14,8 +14,8 @@ from mlxsft.data.holdout import hold_out
 from mlxsft.data.phrasings import is_file
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rendered import RenderedRow, render_files
-from mlxsft.data.rows import LeftOut, files_of
-from mlxsft.data.sources import sources_of
+from mlxsft.data.rows import LeftOut
+from mlxsft.data.sources import files_of, sources_of
 from mlxsft.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
 
 def data_hashes(data: DataRecipe) -> dict[str, str]:
     """SHA-256 of every file that is read, by its path. Raises InputRefused for one that is not there."""
-    files = [file for split, sources in sources_of(data).items() for file in files_of([s.path for s in sources], split)]
+    files = [file for split, sources in sources_of(data).items() for file in files_of([s.rows for s in sources], split)]
     if data.templates is not None and is_file(data.templates):
         files.append(Path(data.templates))
     return {str(file): _sha256(file) for file in files}

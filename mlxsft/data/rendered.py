@@ -20,8 +20,8 @@ from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.phrasings import load_phrasings
 from mlxsft.data.render import Example, Renderer
-from mlxsft.data.rows import LeftOut, Origin, files_of
-from mlxsft.data.sources import WeightedPath
+from mlxsft.data.rows import LeftOut, Origin
+from mlxsft.data.sources import WeightedSource, files_of
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
@@ -64,7 +64,7 @@ class Rendered:
 
 
 def render_files(
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     renderer: Renderer,
     split: str,
@@ -73,7 +73,7 @@ def render_files(
     hashes: Mapping[str, str],
 ) -> Rendered:
     """Every row of the sources; `hashes` (SHA-256 by path) find what was rendered before."""
-    files = files_of([source.path for source in sources], split)  # every missing file is named at once
+    files = files_of([source.rows for source in sources], split)  # every missing file is named at once
     cache = _cache_file(files, sources, data, renderer, split, seed, hashes)
     if cache is not None and (kept := _load(cache)) is not None:
         return kept
@@ -83,7 +83,7 @@ def render_files(
     return rendered
 
 
-def _render(sources: Sequence[WeightedPath], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
+def _render(sources: Sequence[WeightedSource], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
     rendered, taken = Rendered(), False
     read = deque[_Read]()  # rows on their way through the renderer, which keeps their order
     for _, made in renderer.rendered(_phrased(sources, data, split, seed, rendered.left_out, read), data):
@@ -116,7 +116,7 @@ class _Read:
 
 
 def _phrased(
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     split: str,
     seed: int,
@@ -127,7 +127,7 @@ def _phrased(
     phrasings = load_phrasings(data.templates) if data.templates is not None else None
     for source in sources:
         for row in read_conversations(
-            [source.path], format=data.format, columns=data.columns, fill=data.fill, split=split
+            [source.rows], format=data.format, columns=data.columns, fill=data.fill, split=split
         ):
             if isinstance(row, LeftOut):
                 left_out.append(row)
@@ -151,7 +151,7 @@ def _key(row: Conversation) -> str:
 
 def _cache_file(
     files: Sequence[Path],
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     renderer: Renderer,
     split: str,
@@ -167,7 +167,7 @@ def _cache_file(
         "versions": [__version__, version("transformers"), version("tokenizers"), version("jinja2")],
         "files": [[str(f), hashes[str(f)]] for f in files],
         "split": split,
-        "weights": [source.weight for source in sources],
+        "sources": [[str(source.rows), source.weight] for source in sources],
         "seed": seed if data.templates is not None or any(s.weight % 1 for s in sources) else None,
         "phrasings": hashes.get(data.templates) if data.templates is not None else None,
         "settings": data.model_dump(mode="json", exclude={"train", "valid"}),

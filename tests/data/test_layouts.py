@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxsft.cli.data import FORMATS as CHOICES
+from mlxsft.cli.rows import FORMATS as CHOICES
 from mlxsft.data.convert import messages_row
 from mlxsft.data.formats import (
     COLUMNS,

@@ -14,7 +14,7 @@ import pytest
 from mlxsft.data.dataset import data_hashes, load_dataset
 from mlxsft.data.formats import Conversation, Origin, Turn
 from mlxsft.data.render import Renderer, load_renderer
-from mlxsft.data.sources import WeightedPath
+from mlxsft.data.sources import WeightedSource
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import open_model
 from mlxsft.recipe import DataRecipe, dump_recipe, load_recipe
@@ -64,7 +64,9 @@ def test_held_out_rows_count_once_and_are_not_trained(tmp_path: Path, renderer: 
 
 def test_a_fraction_of_a_source_grows_without_dropping_rows() -> None:
     rows = [Conversation((Turn("user", str(i)),), Origin("a", i)) for i in range(500)]
-    taken = [{row.origin for row in rows if WeightedPath(Path("a"), w / 10).copies(row, seed=3)} for w in range(1, 11)]
+    taken = [
+        {row.origin for row in rows if WeightedSource(Path("a"), w / 10).copies(row, seed=3)} for w in range(1, 11)
+    ]
     assert all(less < more for less, more in pairwise(taken))
     assert len(taken[-1]) == 500
 
@@ -137,7 +139,11 @@ def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path:
         ("train: [b.jsonl, {weight: 1}]", "data.train[1].path: got null, expected the name of a file or a folder"),
         ("train: [{path: a.jsonl, wieght: 1}]", "data.train[0].wieght: no such setting; a source has path and weight"),
         ("train: 3", "data.train: got 3, expected text, or path and weight, or a list of these; put it in quotes"),
-        ("train: [a.jsonl, hf://org/rows]", "run `hf download org/rows --repo-type dataset --local-dir FOLDER`"),
+        ("train: [a.jsonl, hf://org/rows train]", 'data.train: got "hf://org/rows train", expected hf://ORG/NAME[@REV'),
+        (
+            "train: [{hub: org/rows}]",
+            "train[0].hub: no such setting; a source has path and weight; rows of the Hub are",
+        ),
         ("train: a.jsonl\n  columns: {frage: x}", "data.columns.frage: no such name; names: prompt, response, "),
         ("train: a.jsonl\n  columns: {prompt: 3}", "data.columns.prompt: got 3, expected text; put it in quotes"),
     ],
