@@ -25,10 +25,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BOUND = r"-?\d{1,15}%?"
 _ADDRESS = re.compile(
     r"hf://(?:datasets/(?=[^/]+/))?"  # the long form, as huggingface_hub's own file system has it
-    r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)"
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*|\w[\w.-]*(?=[@:\[]|$))"
     r"(?:@(?P<revision>refs/(?:convert|pr)/[\w.-]+|[\w.%+-]+))?"
     r"(?:/(?P<part>[^:@\s]*[^:@\s/]))?/?"
-    rf"(?::(?P<split>\w[\w.-]*)?(?:\[(?P<start>{_BOUND})?:(?P<stop>{_BOUND})?\])?)?"
+    rf"(?::(?P<split>\w[\w.-]*))?(?:\[(?P<start>{_BOUND})?:(?P<stop>{_BOUND})?\])?"
 )
 
 
@@ -61,9 +61,9 @@ class HubRows:
         revision = self.revision
         if "/" in revision and not revision.startswith(("refs/convert/", "refs/pr/")):
             revision = revision.replace("/", "%2F")
-        split = f":{self.split}" if self.split or self.sliced else ""
+        parts = (("@", revision), ("/", self.part), (":", self.split))
         rows = f"[{self.start}:{self.stop}]" if self.sliced else ""
-        return f"{PREFIX}{self.repo}{f'@{revision}' * bool(revision)}{f'/{self.part}' * bool(self.part)}{split}{rows}"
+        return PREFIX + self.repo + "".join(f"{sign}{text}" for sign, text in parts if text) + rows
 
     @property
     def name(self) -> str:

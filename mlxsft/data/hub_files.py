@@ -38,6 +38,7 @@ class _Config:
     folder: str = ""
     patterns: Mapping[str, list[str]] = field(default_factory=dict)
     default: bool = False
+    settings: Sequence[str] = ()  # of the card, for reading the files
 
 
 def split_files(repo: str, names: Collection[str], card: str, part: str, split: str) -> list[str]:
@@ -52,6 +53,11 @@ def split_files(repo: str, names: Collection[str], card: str, part: str, split: 
         return _readable(repo, part, named)
     configs = _configs(repo, card, there)
     config = _chosen(repo, configs, part, there)
+    if config.settings:
+        raise InputRefused(
+            f"{repo}: its card reads {config.name} with the setting {config.settings[0]!r}, which is not done here",
+            f"Name a file of it, hf://{repo}/FILE, where that reads well without; else convert it first.",
+        )
     found = {name: _matching(patterns, there) for name, patterns in config.patterns.items()}
     if not found:
         if f"{repo.rpartition('/')[2]}.py" in names and not part:
@@ -148,12 +154,6 @@ def _card_configs(repo: str, card: str) -> list[Any]:
 def _config(repo: str, entry: object) -> _Config:
     if not isinstance(entry, dict):
         raise InputRefused(f"{repo}: README.md: a config is no mapping")
-    if settings := sorted(_READER_SETTINGS & entry.keys()):
-        name = entry.get("config_name", "default")
-        raise InputRefused(
-            f"{repo}: its card reads {name} with the setting {settings[0]!r}, which is not done here",
-            f"Name a file of it, hf://{repo}/FILE, where that reads well without; else convert it first.",
-        )
     folder = str(entry.get("data_dir", "")).strip("/")
     folder = f"{folder}/" if folder not in ("", ".") else ""
     files = entry.get("data_files")
@@ -168,7 +168,8 @@ def _config(repo: str, entry: object) -> _Config:
         else:
             patterns.setdefault("train", []).extend(_texts(item))
     patterns = {split: [f"{folder}{path}" for path in paths] for split, paths in patterns.items()}
-    return _Config(str(entry.get("config_name", "default")), folder, patterns, entry.get("default") == "true")
+    name, default = str(entry.get("config_name", "default")), entry.get("default") == "true"
+    return _Config(name, folder, patterns, default, settings=sorted(_READER_SETTINGS & entry.keys()))
 
 
 def _texts(value: object) -> list[str]:

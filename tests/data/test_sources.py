@@ -142,7 +142,7 @@ def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path:
         ("train: [a.jsonl, hf://org/rows train]", 'data.train: got "hf://org/rows train", expected hf://ORG/NAME[@REV'),
         (
             "train: [{hub: org/rows}]",
-            "train[0].hub: no such setting; a source has path and weight; rows of the Hub are",
+            "hub: no such setting; a source has path and weight; rows of the Hub are a path",
         ),
         ("train: a.jsonl\n  columns: {frage: x}", "data.columns.frage: no such name; names: prompt, response, "),
         ("train: a.jsonl\n  columns: {prompt: 3}", "data.columns.prompt: got 3, expected text; put it in quotes"),
