@@ -44,7 +44,7 @@ row_format = click.option(
     "--format", "row_format", type=FORMATS, default="auto", show_default=True, help="Layout of the rows."
 )
 columns = click.option(
-    "--columns", multiple=True, metavar="NAME=COLUMN", help="What prompt, response, ... are called; NAME=COLUMN,..."
+    "--columns", multiple=True, metavar="NAME=COLUMN,...", help="What prompt, response, ... are called in FILES."
 )
 _SETTINGS = (
     click.option("--model", required=True, help="A checkpoint: its tokenizer and template are used."),
