@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from mlxsft.data.phrasings import is_file
 from mlxsft.recipe_file import KeyPath, Sheet, read_sheet, shown, to_yaml
 from mlxsft.recipe_problems import problems_of, settings_of, wrong
 
@@ -28,9 +29,6 @@ class _Section(BaseModel):
     """A part of the recipe: frozen, no unknown keys, and no value turned into another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-_HUB_KEYS = ("hub", "repo", "dataset", "name", "config", "split", "revision")
 
 
 class Source(_Section):
@@ -49,8 +47,7 @@ class Source(_Section):
             return values
         for key in values:
             if key not in cls.model_fields:
-                hub = "; rows of the Hub are a path, hf://ORG/NAME" if key in _HUB_KEYS else ""
-                raise wrong(f"no such setting; a source has path and weight{hub}", str(key))
+                raise wrong("no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight", str(key))
         path, weight = values.get("path"), values.get("weight", 1.0)
         if not isinstance(path, str) or not path:
             raise wrong(f"got {shown(path)}, expected the name of a file or a folder", "path")
@@ -391,7 +388,7 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
         update["valid"] = absolute(data.valid, "data", "valid")
     if data.template is not None and _is_template_file(data.template):
         update["template"] = absolute(data.template, "data", "template")
-    if data.templates is not None and _is_phrasings_file(data.templates):
+    if data.templates is not None and is_file(data.templates):
         update["templates"] = absolute(data.templates, "data", "templates")
     model = recipe.model
     folder = absolute(model, "model")
@@ -402,7 +399,3 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
 
 def _is_template_file(template: str) -> bool:
     return "/" in template or os.sep in template or template.endswith((".jinja", ".txt"))
-
-
-def _is_phrasings_file(name: str) -> bool:
-    return "/" in name or os.sep in name or name.endswith((".yaml", ".yml", ".json"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ PREFIX = "hf://"
 LOOKS = "hf://ORG/NAME[@REVISION][/CONFIG or /FILE][:SPLIT][FROM:TO], such as hf://tatsu-lab/alpaca:train[:500]"
 CARD = "README.md"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})")
 _BOUND = r"-?\d{1,15}%?"
 _ADDRESS = re.compile(
     r"hf://(?:datasets/(?=[^/]+/))?"  # the long form, as huggingface_hub's own file system has it
@@ -186,7 +188,12 @@ def _cached(rows: HubRows, failure: Unreachable) -> _Listing:
     except OSError as error:  # huggingface_hub's LocalEntryNotFoundError is one
         raise NetworkFailed(f"{failure.message}; the cache holds no copy", failure.hint) from error
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return _Listing(folder.name, {file.relative_to(folder).as_posix(): file.stat().st_size for file in files})
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    shards = Counter((found[1], int(found[2])) for name in sizes if (found := _SHARD.search(name)))
+    if lacking := [(name, here, all_) for (name, all_), here in shards.items() if here < all_]:
+        name, here, all_ = lacking[0]
+        raise NetworkFailed(f"{failure.message}; the cache holds {here} of the {all_} files {name}-*", failure.hint)
+    return _Listing(folder.name, sizes)
 
 
 def _place(rows: HubRows) -> Path:

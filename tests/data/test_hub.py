@@ -82,9 +82,16 @@ def test_a_split_is_downloaded_by_its_commit_and_then_found_offline(rows: Hub, r
     assert read("hf://datasets/org/rows/data/test-*.parquet") == [50, 51]
 
 
-def test_the_first_rows_of_a_large_set_take_its_first_files_only(rows: Hub, read: Read) -> None:
+def test_the_first_rows_of_a_large_set_take_its_first_files_only(
+    rows: Hub, read: Read, mlxsft: Run, tmp_path: Path
+) -> None:
     assert read("hf://org/rows:train[5:12]") == list(range(5, 12))
     assert len({path for path in rows.asked_for("train-")}) == 2
+    offline = ("data", "convert", "hf://org/rows", "--out", "x.jsonl")
+    ran = mlxsft(*offline, HF_HUB_OFFLINE="1")  # a part is not taken for the whole
+    assert (ran.returncode, "HF_HUB_OFFLINE is set" in ran.stderr) == (7, True), ran.stderr
+    ran = mlxsft(*offline, HF_HUB_OFFLINE="1", MLXSFT_CACHE=str(tmp_path / "none"))  # nor where the listing is lost
+    assert (ran.returncode, "the cache holds" in ran.stderr) == (7, True), ran.stderr
     assert read("hf://org/rows:train[-10%:]") == [27, 28, 29]
     assert read("hf://org/rows[:3]", HF_HUB_OFFLINE="1") == [0, 1, 2]
 

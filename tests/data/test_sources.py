@@ -137,12 +137,15 @@ def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path:
         ("train: [{path: a.jsonl, weight: -1}]", "data.train[0].weight: got -1, expected a number > 0 and ≤ 100"),
         ("train: {path: a.jsonl, weight: true}", "data.train.weight: got true, expected a number > 0 and ≤ 100"),
         ("train: [b.jsonl, {weight: 1}]", "data.train[1].path: got null, expected the name of a file or a folder"),
-        ("train: [{path: a.jsonl, wieght: 1}]", "data.train[0].wieght: no such setting; a source has path and weight"),
+        (
+            "train: [{path: a.jsonl, wieght: 1}]",
+            "data.train[0].wieght: no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight",
+        ),
         ("train: 3", "data.train: got 3, expected text, or path and weight, or a list of these; put it in quotes"),
         ("train: [a.jsonl, hf://org/rows train]", 'data.train: got "hf://org/rows train", expected hf://ORG/NAME[@REV'),
         (
             "train: [{hub: org/rows}]",
-            "hub: no such setting; a source has path and weight; rows of the Hub are a path",
+            "hub: no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight",
         ),
         ("train: a.jsonl\n  columns: {frage: x}", "data.columns.frage: no such name; names: prompt, response, "),
         ("train: a.jsonl\n  columns: {prompt: 3}", "data.columns.prompt: got 3, expected text; put it in quotes"),
