@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mlxsft.data.phrasings import is_file
+from mlxsft.data.sources import source_of
 from mlxsft.recipe_file import KeyPath, Sheet, read_sheet, shown, to_yaml
 from mlxsft.recipe_problems import problems_of, settings_of, wrong
 
@@ -124,8 +125,6 @@ class DataRecipe(_Section):
     @field_validator("train", "valid")
     @classmethod
     def _addresses(cls, given: _Given) -> _Given:
-        from mlxsft.data.sources import source_of
-
         for source in given if isinstance(given, tuple) else (given,):
             path = source.path if isinstance(source, Source) else source
             try:

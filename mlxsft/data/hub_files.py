@@ -24,7 +24,7 @@ _KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _BETWEEN = "[-._ 0-9]"  # what may stand between a keyword and the rest of a name
-_SHARD = re.compile(r"(?:.*/)?data/([\w.-]+?)-\d{5}-of-\d{5}[^/]*")
+_SHARD = re.compile(r"data/([\w.-]+?)-\d{5}-of-\d{5}[^/]*")
 _CONVERTED = re.compile(r"([^/]+)/[^/]+/\d{4}\.parquet")  # what the Hub itself writes to refs/convert/parquet
 _NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _READER_SETTINGS = {"sep", "delimiter", "names", "column_names", "header", "skiprows", "encoding", "quotechar", "field"}
