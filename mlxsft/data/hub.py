@@ -119,7 +119,7 @@ def _files(rows: HubRows, listing: _Listing, split: str, tell: Tell) -> list[Pat
         folder = download(rows.repo, listing.commit, {CARD: listing.sizes[CARD]}, "dataset", tell)
         card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     names = split_files(rows.repo, listing.sizes, card, rows.part, rows.split or split)
-    if rows.stop.isdecimal():
+    if rows.stop.isdecimal() and (not rows.start or rows.start.isdecimal()):  # else all rows are counted
         names = list(_first(rows, listing, names, tell))
     folder = download(rows.repo, listing.commit, {name: listing.sizes[name] for name in names}, "dataset", tell)
     return [folder / name for name in names]

@@ -92,6 +92,7 @@ def test_the_first_rows_of_a_large_set_take_its_first_files_only(
     assert (ran.returncode, "HF_HUB_OFFLINE is set" in ran.stderr) == (7, True), ran.stderr
     ran = mlxsft(*offline, HF_HUB_OFFLINE="1", MLXSFT_CACHE=str(tmp_path / "none"))  # nor where the listing is lost
     assert (ran.returncode, "the cache holds" in ran.stderr) == (7, True), ran.stderr
+    assert read("hf://org/rows:train[-25:7]") == [5, 6]
     assert read("hf://org/rows:train[-10%:]") == [27, 28, 29]
     assert read("hf://org/rows[:3]", HF_HUB_OFFLINE="1") == [0, 1, 2]
 
