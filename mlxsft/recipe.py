@@ -11,10 +11,12 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from mlxsft.data.phrasings import is_file
+from mlxsft.data.sources import source_of
 from mlxsft.recipe_file import KeyPath, Sheet, read_sheet, shown, to_yaml
 from mlxsft.recipe_problems import problems_of, settings_of, wrong
 from mlxsft.recipe_training import AdapterRecipe, EvalRecipe, SaveRecipe, Section, Text, TrainRecipe
@@ -23,7 +25,7 @@ from mlxsft.recipe_training import AdapterRecipe, EvalRecipe, SaveRecipe, Sectio
 class Source(Section):
     """Rows to train on, and how often an epoch has them."""
 
-    path: Text = Field(description="A file of rows, or a folder with a train file.")
+    path: Text = Field(description="A file of rows, a folder with a train file, or a data set of the Hub.")
     weight: float = Field(
         default=1.0, gt=0, le=100, description="How often an epoch has a row: 2 is twice; 0.5 takes half of the rows."
     )
@@ -36,7 +38,7 @@ class Source(Section):
             return values
         for key in values:
             if key not in cls.model_fields:
-                raise wrong("no such setting; a source has path and weight", str(key))
+                raise wrong("no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight", str(key))
         path, weight = values.get("path"), values.get("weight", 1.0)
         if not isinstance(path, str) or not path:
             raise wrong(f"got {shown(path)}, expected the name of a file or a folder", "path")
@@ -45,6 +47,7 @@ class Source(Section):
         return values
 
 
+_Given = TypeVar("_Given")
 _Sources = Annotated[tuple[Text | Source, ...], Field(min_length=1, strict=False, title="a list of these")]
 
 
@@ -53,13 +56,14 @@ class DataRecipe(Section):
 
     train: Text | Source | _Sources = Field(
         description="The rows to train on: a file (JSONL, JSON, CSV, TSV, Parquet or Arrow), a folder with a train "
-        "file, or a list of these. {path: FILE, weight: 2} has its rows twice an epoch; 0.5 takes half of them. "
-        "A relative path starts at the folder of the recipe."
+        "file, a data set of the Hub (hf://ORG/NAME[@REVISION][/CONFIG or /FILE][:SPLIT][FROM:TO]), or a list of "
+        "these. {path: FILE, weight: 2} has its rows twice an epoch; 0.5 takes half of them. A relative path starts at "
+        "the folder of the recipe."
     )
     valid: Annotated[float, Field(gt=0, lt=1, title="a share of the rows")] | Text | None = Field(
         default=0.05,
-        description="What is held out for validation: a share of the rows (0.05 is 5 %), or a file of its own; "
-        "null: no validation.",
+        description="What is held out for validation: a share of the rows (0.05 is 5 %), or a file or a data set of "
+        "the Hub of its own; null: no validation.",
     )
     format: Literal[
         "auto",
@@ -108,18 +112,16 @@ class DataRecipe(Section):
         "base model without one.",
     )
 
-    @field_validator("train")
+    @field_validator("train", "valid")
     @classmethod
-    def _no_hub(cls, train: str | Source | tuple[str | Source, ...]) -> str | Source | tuple[str | Source, ...]:
-        for given in train if isinstance(train, tuple) else (train,):
-            path = given if isinstance(given, str) else given.path
-            if path.startswith("hf://"):
-                name = path.removeprefix("hf://")
-                raise wrong(
-                    f"got {shown(path)}, but rows are read from disk; run `hf download {name} --repo-type dataset "
-                    "--local-dir FOLDER` and name that folder"
-                )
-        return train
+    def _addresses(cls, given: _Given) -> _Given:
+        for source in given if isinstance(given, tuple) else (given,):
+            path = source.path if isinstance(source, Source) else source
+            try:
+                source_of(path if isinstance(path, str) else "")
+            except ValueError as error:
+                raise wrong(str(error)) from None
+        return given
 
     @field_validator("columns")
     @classmethod
@@ -211,6 +213,8 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
     """The recipe with absolute paths, so that it means the same from any folder."""
 
     def absolute(text: str, *path: str | int) -> str:
+        if text.startswith("hf://"):
+            return text
         return os.path.abspath(sheet.place(path).folder / os.path.expanduser(text))
 
     data = recipe.data
@@ -230,7 +234,7 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
         update["valid"] = absolute(data.valid, "data", "valid")
     if data.template is not None and _is_template_file(data.template):
         update["template"] = absolute(data.template, "data", "template")
-    if data.templates is not None and _is_phrasings_file(data.templates):
+    if data.templates is not None and is_file(data.templates):
         update["templates"] = absolute(data.templates, "data", "templates")
     model = recipe.model
     folder = absolute(model, "model")
@@ -241,7 +245,3 @@ def _located(recipe: Recipe, sheet: Sheet) -> Recipe:
 
 def _is_template_file(template: str) -> bool:
     return "/" in template or os.sep in template or template.endswith((".jinja", ".txt"))
-
-
-def _is_phrasings_file(name: str) -> bool:
-    return "/" in name or os.sep in name or name.endswith((".yaml", ".yml", ".json"))

@@ -55,7 +55,7 @@ _WITHOUT_COUNTERPART = {
     "val_batches": "validation reads all held-out rows, every time",
 }
 _NOT_TAKEN = {
-    "hf_dataset": "data sets of the Hub are not loaded; save the rows as JSONL and give their folder as data",
+    "hf_dataset": "not carried over; in a recipe it is data.train: hf://PATH:SPLIT, and data.columns for its features",
     "resume_adapter_file": "a run cannot start from an adapter; leave this out",
     "trust_remote_code": "code from a checkpoint never runs here; leave this out",
 }
@@ -220,8 +220,8 @@ class _Importer:
         if not folder.exists() and not os.path.isabs(data):
             return self.refuse(
                 ("data",),
-                f"no folder {shown(data)} here, so mlx-lm would look for a data set of the Hub; save it as JSONL, "
-                "or import from the folder where mlx_lm.lora ran",
+                f"no folder {shown(data)} here, so mlx-lm would look for a data set of the Hub, which in a recipe is "
+                f"data.train: hf://{data}; or import from the folder where mlx_lm.lora ran",
             )
         if folder.exists() and not (folder / "train.jsonl").is_file():
             return self.refuse(("data",), f"{shown(data)} has no train.jsonl")

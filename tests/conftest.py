@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.hub import Hub, serving
 from tests.tiny import write_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those with a local Hub say so
@@ -30,3 +32,10 @@ def real() -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of a few ten thousand random parameters with a ChatML template."""
     return write_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A Hub of ours on this machine."""
+    with serving() as hub:
+        yield hub

@@ -265,7 +265,7 @@ def test_a_model_that_is_not_here_is_said_to_be_of_the_hub(folder: Path) -> None
         ("lr_schedule: cosine", 'lr_schedule: got "cosine", expected name and arguments'),
         ("resume_adapter_file: a.safetensors", "resume_adapter_file: a run cannot start from an adapter"),
         ("trust_remote_code: true", "trust_remote_code: code from a checkpoint never runs here"),
-        ("hf_dataset: {path: billsum}", "hf_dataset: data sets of the Hub are not loaded"),
+        ("hf_dataset: {path: billsum}", "hf_dataset: not carried over; in a recipe it is data.train: hf://PATH:SPLIT"),
         ("prompt_feature: question", 'prompt_feature: got "question"; rename the column to prompt'),
         ("lora_rank: 8", "lora_rank: mlx-lm 0.32.2 has no such key"),
         ("lora_parameters: {rank: 8, scale: 1, dropout: 0, alpha: 8}", "lora_parameters.alpha: mlx-lm has no such key"),

@@ -23,12 +23,13 @@ from mlxsft.data.holdout import normalise
 from mlxsft.data.lengths import Lengths
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rows import LeftOut
+from mlxsft.data.sources import RowSource, whole_files
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
 
 Rows = Iterable[Conversation | LeftOut]
-Watch = Callable[[Rows], Rows]  # what shows progress while rows go by
+Watch = Callable[[Rows, Sequence[Path]], Rows]  # what shows progress while the rows of some files go by
 
 ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
 _REASONS = {  # of the ledger, and the finding that explains them
@@ -80,23 +81,26 @@ class Audit:
 
 
 def check(
-    paths: Sequence[Path],
+    sources: Sequence[RowSource],
     data: DataRecipe,
     renderer: Renderer,
     *,
-    held_out: Mapping[str, Sequence[Path]] | None = None,
-    format: str = "auto",
-    watch: Watch = lambda rows: rows,
+    held_out: Mapping[str, Sequence[RowSource]] | None = None,
+    watch: Watch = lambda rows, files: rows,
 ) -> Audit:
     """Everything that can be said of these rows, and of `held_out` ones (by the name of their split) beside them."""
     if renderer.positions is not None and renderer.positions < data.max_tokens:
         data = data.model_copy(update={"max_tokens": renderer.positions})
-    held = {n: read_conversations(p, format=format, fill=data.fill, split=n) for n, p in (held_out or {}).items()}
+
+    def read(split: str, given: Sequence[RowSource]) -> Rows:
+        rows = read_conversations(given, format=data.format, columns=data.columns, fill=data.fill, split=split)
+        return watch(rows, whole_files(given, split))
+
+    held = {name: read(name, given) for name, given in (held_out or {}).items()}
     auditor = _Auditor(data, renderer)
-    rows = watch(read_conversations(paths, format=format, columns=data.columns, fill=data.fill))
-    for row, made in renderer.rendered(auditor.readable(rows), data):
+    for row, made in renderer.rendered(auditor.readable(read("train", sources)), data):
         auditor.add(row, made)
-    ledgers = {name: auditor.compare(name, watch(rows)) for name, rows in held.items()}
+    ledgers = {name: auditor.compare(name, rows) for name, rows in held.items()}
     return auditor.result(ledgers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlxsft.data.conversation import Role, ToolCall, Turn
 from mlxsft.data.fields import Draft, Row, Unusable, array, kind, optional_text, parsed, shown, system_turn, text
@@ -51,8 +51,24 @@ def _conversation(row: Row, key: str) -> Draft:
 
 
 def turns_of_messages(found: Sequence[object], key: str) -> list[Turn]:
-    """The turns that messages stand for; `key` is what they are called in the row."""
-    return [_turn(message, f"{key}[{i}]") for i, message in enumerate(found)]
+    """The turns that messages stand for; `key` is what they are called in the row.
+
+    Where a call is a message of its own, as in ShareGPT, it belongs to the answer, or to the calls, right before it:
+    one turn says something and calls tools, as a template writes it and a model says it.
+    """
+    turns: list[Turn] = []
+    for i, message in enumerate(found):
+        turn = _turn(message, f"{key}[{i}]")
+        before = turns[-1] if turns and _is_call(message) else None
+        if before is not None and before.role == "assistant" and before.trained == turn.trained and not turn.reasoning:
+            turns[-1] = replace(before, tool_calls=before.tool_calls + turn.tool_calls)
+        else:
+            turns.append(turn)
+    return turns
+
+
+def _is_call(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role", message.get("from")) in _CALLING
 
 
 @dataclass
@@ -185,9 +201,9 @@ def _trained(message: Row, role: Role, where: str) -> bool:
     return bool(next(iter(given.values()), True)) or role != "assistant"
 
 
-def tools_of(row: Row) -> tuple[Mapping[str, object], ...]:
+def tools_of(row: Row, keys: Sequence[str] = ("tools", "functions")) -> tuple[Mapping[str, object], ...]:
     """What the row offers under `tools` (or `functions`, as OpenAI once called it), as OpenAI's API takes it today."""
-    for key in ("tools", "functions"):
+    for key in keys:
         value = row.get(key)
         if isinstance(value, str) and value.strip():
             value = parsed(value, key)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlxsft.data.formats import Conversation, LeftOut, ToolCall, Turn, raise_for_broken, read_conversations
-from mlxsft.data.rows import files_of
+from mlxsft.data.sources import RowSource, files_of
 from mlxsft.errors import UsageError
 
 
 def convert_files(
-    paths: Sequence[Path],
+    sources: Sequence[RowSource],
     out: Path,
     *,
     format: str = "auto",
@@ -31,9 +31,9 @@ def convert_files(
         raise UsageError(f"{out}: is a folder, expected the name of a file", "Name a .jsonl file.")
     if out.exists() and not force:
         raise UsageError(f"{out}: is there already", "Name another file, or give --force to replace it.")
-    if any(out.exists() and out.samefile(file) for file in files_of(paths)):
+    if any(out.exists() and out.samefile(file) for file in files_of(sources)):
         raise UsageError(f"{out}: is one of the files to read", "Name another file.")
-    rows = read_conversations(paths, format=format, columns=columns, unanswered=True)
+    rows = read_conversations(sources, format=format, columns=columns, unanswered=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     left_out: list[LeftOut] = []

@@ -14,8 +14,8 @@ from mlxsft.data.holdout import hold_out
 from mlxsft.data.phrasings import is_file
 from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rendered import RenderedRow, render_files
-from mlxsft.data.rows import LeftOut, files_of
-from mlxsft.data.sources import sources_of
+from mlxsft.data.rows import LeftOut
+from mlxsft.data.sources import files_of, sources_of
 from mlxsft.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
         phrased = sum(row.phrased for row in (*train, *valid))
         rest = len(train) + len(valid) - phrased
         notes.append(f"data.templates: {phrased} rows phrased, {rest} as they stand (no single question)")
-    repeated = [row for row in train for _ in range(row.copies)]
-    if len(repeated) > len(train):
-        notes.append(f"data.train: weights add {len(repeated) - len(train)} repeated rows to the {len(train)} trained")
-    return Dataset(_examples(repeated), _examples(valid), left_out, ledger, notes)
+    if repeats := sum(row.copies - 1 for row in train):
+        notes.append(f"data.train: weights add {repeats} repeated rows to the {len(train)} trained")
+    examples = [example for row in train for example in row.repeated()]
+    return Dataset(examples, [example for row in valid for example in row.examples], left_out, ledger, notes)
 
 
 def data_hashes(data: DataRecipe) -> dict[str, str]:
     """SHA-256 of every file that is read, by its path. Raises InputRefused for one that is not there."""
-    files = [file for split, sources in sources_of(data).items() for file in files_of([s.path for s in sources], split)]
+    files = [file for split, sources in sources_of(data).items() for file in files_of([s.rows for s in sources], split)]
     if data.templates is not None and is_file(data.templates):
         files.append(Path(data.templates))
     return {str(file): _sha256(file) for file in files}
@@ -89,10 +89,6 @@ def data_hashes(data: DataRecipe) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _examples(rows: Iterable[RenderedRow]) -> list[Example]:
-    return [example for row in rows for example in row.examples]
 
 
 def _length_notes(rows: Iterable[RenderedRow]) -> list[str]:

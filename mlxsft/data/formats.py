@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from mlxsft.data import chats, pairs
 from mlxsft.data.conversation import Conversation, Role, Task, ToolCall, Turn
 from mlxsft.data.fields import Draft, Row, Unusable, category, kind, shown
 from mlxsft.data.places import LeftOut, Origin
-from mlxsft.data.rows import files_of, read_rows
+from mlxsft.data.sources import RowSource, rows_of
 from mlxsft.errors import InputRefused, UsageError
 
 __all__ = [
@@ -37,7 +36,7 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def read_conversations(
-    paths: Sequence[Path],
+    sources: Sequence[RowSource],
     *,
     format: str = "auto",
     columns: Mapping[str, str] = _NOTHING,
@@ -45,19 +44,19 @@ def read_conversations(
     split: str = "train",
     unanswered: bool = False,
 ) -> Iterator[Conversation | LeftOut]:
-    """Every row of the files as a Conversation, or as the LeftOut that says why not, in the order of the files.
+    """Every row of the sources as a Conversation, or as the LeftOut that says why not, in the order of the files.
 
     A row that holds several tasks (Self-Instruct instances, P3's several targets) gives several, each with the row's
     origin, and each counts as one read. Missing files, unknown formats and unknown columns are refused before the
     first row is read. `columns` says what our names are called in the rows; `fill` gives the values of `{{name}}`
-    placeholders; `split` is the file that is meant where a path is a folder. With `unanswered`, conversations in
+    placeholders; `split` is the file that is meant where a source is a folder. With `unanswered`, conversations in
     which nothing is trained come through as well, to be asked rather than trained.
     """
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"data.format: got {shown(format)}", f"Formats: auto, {', '.join(FORMATS)}.")
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise UsageError(f"data.columns: got {shown(unknown[0])}", f"Names: {', '.join(COLUMNS)}.")
-    rows = read_rows(files_of(paths, split))
+    rows = rows_of(sources, split)
     return (
         made
         for row in rows

@@ -117,14 +117,15 @@ def _texts(row: Row, key: str) -> list[str] | None:
 def prompt_only(row: Row) -> list[Draft]:
     """A question without an answer: nothing to train on, but something to ask."""
     task = Task(text(row, "prompt"))
-    return [Draft([*system_turn(row), Turn("user", str(task))], task=task)]
+    return [Draft([*system_turn(row), Turn("user", str(task))], tools_of(row, ("tools",)), task)]
 
 
 def plain_text(row: Row) -> list[Draft]:
-    """Text as it stands, all of it trained."""
+    """Text as it stands, all of it trained; tools beside it are in it already, or were never shown."""
     return [Draft([Turn("text", text(row, "text"))])]
 
 
 def _answered(row: Row, task: Task, answer: str, earlier: Sequence[Turn] = ()) -> Draft:
+    """The conversation that ends with this exchange; it offers the row's tools, as LLaMA-Factory has them there too."""
     turns = [*system_turn(row), *earlier, Turn("user", str(task)), Turn("assistant", answer)]
-    return Draft(turns, task=None if earlier else task)
+    return Draft(turns, tools_of(row, ("tools",)), None if earlier else task)

@@ -53,21 +53,22 @@ class Phrasings:
     with_input: tuple[str, ...]
     without_input: tuple[str, ...]
 
-    def phrase(self, row: Conversation, *, seed: int) -> Conversation:
-        """The row with its question in one of the phrasings; the very row where it is no single question.
+    def phrase(self, row: Conversation, *, seed: int, copies: int = 1) -> list[Conversation]:
+        """The row for each of its copies in an epoch, its question in another of the phrasings each time.
 
-        Which one is a function of the seed and of what the row says, not of where it stands.
+        Fewer than the copies where there are fewer phrasings; the very row alone where it is no single question. Which
+        ones is a function of the seed and of what the row says, not of where it stands.
         """
         asked = [i for i, turn in enumerate(row.turns) if turn.role == "user"]
         if row.task is None or len(asked) != 1:
-            return row
+            return [row]
         suited = self.with_input if row.task.input.strip() else self.without_input
         if not suited:
-            return row
-        chosen = suited[position_of(row, seed, "phrasing") % len(suited)]
-        turns = list(row.turns)
-        turns[asked[0]] = Turn("user", _phrased(chosen, row.task))
-        return replace(row, turns=tuple(turns))
+            return [row]
+        first = position_of(row, seed, "phrasing")
+        chosen = [suited[(first + i) % len(suited)] for i in range(min(copies, len(suited)))]
+        before, after = row.turns[: asked[0]], row.turns[asked[0] + 1 :]
+        return [replace(row, turns=(*before, Turn("user", _phrased(text, row.task)), *after)) for text in chosen]
 
 
 def position_of(row: Conversation, seed: int, purpose: str) -> int:

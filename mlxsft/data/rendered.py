@@ -20,8 +20,8 @@ from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.phrasings import load_phrasings
 from mlxsft.data.render import Example, Renderer
-from mlxsft.data.rows import LeftOut, Origin, files_of
-from mlxsft.data.sources import WeightedPath
+from mlxsft.data.rows import LeftOut, Origin
+from mlxsft.data.sources import WeightedSource, files_of
 
 if TYPE_CHECKING:
     from mlxsft.recipe import DataRecipe
@@ -35,13 +35,24 @@ _LAYOUT = 2  # of a cache file; raised whenever it, or what a template makes of 
 class RenderedRow:
     """One row: `key` is equal for rows that ask the same (they are held out together).
 
-    `copies` is how often an epoch has it; `phrased` says that its question was put into other words.
+    `copies` is how often an epoch has it; `phrased` says that its question was put into other words. `versions` has the
+    examples of each of its phrasings, at most as many as copies; the copies take them in turn.
     """
 
     key: str
-    examples: list[Example]
+    versions: list[list[Example]]
     copies: int = 1
     phrased: bool = False
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those of the row as it is held out, and as it comes first in training."""
+        return self.versions[0]
+
+    def repeated(self) -> Iterator[Example]:
+        """The examples of all copies."""
+        for i in range(self.copies):
+            yield from self.versions[i % len(self.versions)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Rendered:
 
 
 def render_files(
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     renderer: Renderer,
     split: str,
@@ -62,7 +73,7 @@ def render_files(
     hashes: Mapping[str, str],
 ) -> Rendered:
     """Every row of the sources; `hashes` (SHA-256 by path) find what was rendered before."""
-    files = files_of([source.path for source in sources], split)  # every missing file is named at once
+    files = files_of([source.rows for source in sources], split)  # every missing file is named at once
     cache = _cache_file(files, sources, data, renderer, split, seed, hashes)
     if cache is not None and (kept := _load(cache)) is not None:
         return kept
@@ -72,31 +83,40 @@ def render_files(
     return rendered
 
 
-def _render(sources: Sequence[WeightedPath], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
-    rendered = Rendered()
+def _render(sources: Sequence[WeightedSource], data: DataRecipe, renderer: Renderer, split: str, seed: int) -> Rendered:
+    rendered, taken = Rendered(), False
     read = deque[_Read]()  # rows on their way through the renderer, which keeps their order
     for _, made in renderer.rendered(_phrased(sources, data, split, seed, rendered.left_out, read), data):
         row = read.popleft()
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
-        if examples and not any(m.broken for m in refused):
-            rendered.rows.append(RenderedRow(row.key, examples, row.copies, row.phrased))
-        else:
+        usable = bool(examples) and not any(m.broken for m in refused)
+        if row.first:
+            taken = usable
+        if row.first and usable:
+            rendered.rows.append(RenderedRow(row.key, [examples], row.copies, row.phrased))
+        elif row.first:
             rendered.left_out.extend(refused[:1])
+        elif taken and usable:  # where a phrasing does not fit, the copy takes another one
+            rendered.rows[-1].versions.append(examples)
     return rendered
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What is known of a row beside its text; the key is that of the question as its file has it."""
+    """What is known of a row beside its text; the key is that of the question as its file has it.
+
+    `first` is False for the further phrasings of the row before.
+    """
 
     key: str
     copies: int
     phrased: bool
+    first: bool
 
 
 def _phrased(
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     split: str,
     seed: int,
@@ -107,14 +127,15 @@ def _phrased(
     phrasings = load_phrasings(data.templates) if data.templates is not None else None
     for source in sources:
         for row in read_conversations(
-            [source.path], format=data.format, columns=data.columns, fill=data.fill, split=split
+            [source.rows], format=data.format, columns=data.columns, fill=data.fill, split=split
         ):
             if isinstance(row, LeftOut):
                 left_out.append(row)
             elif copies := source.copies(row, seed=seed):
-                phrased = row if phrasings is None else phrasings.phrase(row, seed=seed)
-                read.append(_Read(_key(row), copies, phrased is not row))
-                yield phrased
+                versions = [row] if phrasings is None else phrasings.phrase(row, seed=seed, copies=copies)
+                for i, version in enumerate(versions):
+                    read.append(_Read(_key(row), copies, version is not row, first=i == 0))
+                    yield version
             else:
                 left_out.append(LeftOut(row.origin, "left out by weight", f"the weight is {source.weight:g}"))
 
@@ -130,7 +151,7 @@ def _key(row: Conversation) -> str:
 
 def _cache_file(
     files: Sequence[Path],
-    sources: Sequence[WeightedPath],
+    sources: Sequence[WeightedSource],
     data: DataRecipe,
     renderer: Renderer,
     split: str,
@@ -146,7 +167,7 @@ def _cache_file(
         "versions": [__version__, version("transformers"), version("tokenizers"), version("jinja2")],
         "files": [[str(f), hashes[str(f)]] for f in files],
         "split": split,
-        "weights": [source.weight for source in sources],
+        "sources": [[str(source.rows), source.weight] for source in sources],
         "seed": seed if data.templates is not None or any(s.weight % 1 for s in sources) else None,
         "phrasings": hashes.get(data.templates) if data.templates is not None else None,
         "settings": data.model_dump(mode="json", exclude={"train", "valid"}),
@@ -160,7 +181,8 @@ def _save(path: Path, rendered: Rendered) -> None:
     """Keep the rows; a cache that cannot be written is done without."""
     from safetensors.numpy import save
 
-    examples = [e for row in rendered.rows for e in row.examples]
+    versions = [version for row in rendered.rows for version in row.versions]
+    examples = [e for version in versions for e in version]
     files = sorted({e.origin.file for e in examples})
     notes = sorted({e.note for e in examples})
     arrays = {
@@ -173,7 +195,8 @@ def _save(path: Path, rendered: Rendered) -> None:
         "notes": np.array([notes.index(e.note) for e in examples], np.int32),
         "copies": np.array([row.copies for row in rendered.rows], np.int32),
         "phrased": np.array([row.phrased for row in rendered.rows], np.bool_),
-        "example_counts": np.array([len(row.examples) for row in rendered.rows], np.int64),
+        "version_counts": np.array([len(row.versions) for row in rendered.rows], np.int64),
+        "example_counts": np.array([len(version) for version in versions], np.int64),
         "keys": np.frombuffer(bytes.fromhex("".join(row.key for row in rendered.rows)), np.uint8),
     }
     left_out = [[r.origin.file, r.origin.line, r.reason, r.detail, r.broken, r.column] for r in rendered.left_out]
@@ -208,9 +231,10 @@ def _load(path: Path) -> Rendered | None:
             words = json.loads(file.metadata()["words"])
         examples = iter(_examples(arrays, words["files"], words["notes"]))
         keys = [bytes(k).hex() for k in arrays["keys"].reshape(-1, 16)]
-        counts = arrays["example_counts"].tolist()
+        versions = ([next(examples) for _ in range(n)] for n in arrays["example_counts"].tolist())
+        counts = arrays["version_counts"].tolist()
         facts = zip(keys, counts, arrays["copies"].tolist(), arrays["phrased"].tolist(), strict=True)
-        rows = [RenderedRow(key, [next(examples) for _ in range(n)], c, p) for key, n, c, p in facts]
+        rows = [RenderedRow(key, [next(versions) for _ in range(n)], c, p) for key, n, c, p in facts]
         left_out = [LeftOut(Origin(f, line), *rest) for f, line, *rest in words["left_out"]]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, StopIteration, RuntimeError):
         return None

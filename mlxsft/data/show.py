@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +13,7 @@ import click
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.render import ONE_A_TURN, Example, Renderer
 from mlxsft.data.rows import LeftOut
+from mlxsft.data.sources import RowSource
 from mlxsft.terminal import printable
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class Shown:
         return json.dumps(row, ensure_ascii=False)
 
 
-def shown_rows(files: Sequence[Path], data: DataRecipe, renderer: Renderer, count: int) -> Iterator[Shown]:
+def shown_rows(sources: Sequence[RowSource], data: DataRecipe, renderer: Renderer, count: int) -> Iterator[Shown]:
     """The first `count` rows."""
-    for row in islice(read_conversations(files, format=data.format, columns=data.columns, fill=data.fill), count):
+    for row in islice(read_conversations(sources, format=data.format, columns=data.columns, fill=data.fill), count):
         if isinstance(row, LeftOut):
             yield Shown(str(row.origin), [], row, None)
             continue

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from mlxsft.data.duplicates import Texts, fingerprint, groups
 from mlxsft.data.formats import Conversation, conversations_of, raise_for_broken
 from mlxsft.data.holdout import draw, normalise
-from mlxsft.data.rows import LeftOut, Origin, files_of, read_rows
+from mlxsft.data.rows import LeftOut, Origin
+from mlxsft.data.sources import RowSource, files_of, rows_of, whole_files
 from mlxsft.errors import InputRefused
 
 SPLITS = ("train", "valid", "test")
 Raw = tuple[Origin, object] | LeftOut
-Watch = Callable[[Iterable[Raw]], Iterable[Raw]]
+Watch = Callable[[Iterable[Raw], Sequence[Path]], Iterable[Raw]]  # the rows, and the files they are read from
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,16 @@ class Split:
 
 
 def split_files(
-    paths: Sequence[Path],
+    sources: Sequence[RowSource],
     out: Path,
     *,
     valid: float,
     test: float,
     seed: int = 0,
     format: str = "auto",
+    columns: Mapping[str, str] = MappingProxyType({}),
     force: bool = False,
-    watch: Watch = lambda rows: rows,
+    watch: Watch = lambda rows, files: rows,
 ) -> Split:
     """The rows of the files written to train.jsonl, valid.jsonl and test.jsonl in `out`, each as it was.
 
@@ -47,11 +50,10 @@ def split_files(
     rows are held out depends on what they say and on the seed, not on their order. Rows that train nothing are counted
     and not written. Raises InputRefused for broken rows and for files that are there already.
     """
-    files = files_of(paths)
-    _refuse_to_overwrite(files, out, force)
-    rows = _Rows()
-    for raw in watch(read_rows(files)):
-        rows.add(raw, format)
+    _refuse_to_overwrite(files_of(sources), out, force)
+    rows, files = _Rows(), whole_files(sources)
+    for raw in watch(rows_of(sources), files):
+        rows.add(raw, format, columns)
     raise_for_broken([row for row in rows.left_out if row.broken])
     keys = rows.keys()
     held = {"test": draw(keys, rows.categories, test, seed=seed)}
@@ -59,7 +61,7 @@ def split_files(
     names = np.full(len(keys), "train", dtype=object)
     for name, mask in held.items():
         names[mask] = name
-    _write(out, watch(read_rows(files)), iter(names.tolist()), rows.kept)
+    _write(out, watch(rows_of(sources), files), iter(names.tolist()), rows.kept)
     ledger = {"read": len(rows.kept)} | {name: int((names == name).sum()) for name in SPLITS}
     ledger |= Counter(row.reason for row in rows.left_out)
     return Split(ledger, len(set(keys)))
@@ -75,8 +77,8 @@ class _Rows:
         self._prompts: list[int] = []
         self._asked, self._whole = Texts(), Texts()
 
-    def add(self, raw: Raw, format: str) -> None:
-        told = [raw] if isinstance(raw, LeftOut) else conversations_of(raw[1], raw[0], format)
+    def add(self, raw: Raw, format: str, columns: Mapping[str, str]) -> None:
+        told = [raw] if isinstance(raw, LeftOut) else conversations_of(raw[1], raw[0], format, columns=columns)
         rows = [row for row in told if isinstance(row, Conversation)]  # several where a row holds several tasks
         self.kept.append(bool(rows))
         if not rows:

@@ -88,6 +88,19 @@ def parquet_rows(file: Path) -> Rows:
         raise _damaged(file, error) from error
 
 
+def parquet_count(file: Path) -> int:
+    """The number of rows of a Parquet file, as its footer says."""
+    _need_pyarrow(file)
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as table:
+            return int(table.metadata.num_rows)
+    except ArrowException as error:
+        raise _damaged(file, error) from error
+
+
 def arrow_rows(file: Path) -> Rows:
     """Each row of an Arrow file or stream (Feather is such a file) as an object; its line is its number, from 1."""
     _need_pyarrow(file)

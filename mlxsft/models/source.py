@@ -7,26 +7,24 @@ listing is judged before anything is downloaded, and the small files before the 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from mlxsft.cache import cache_folder
-from mlxsft.errors import InputRefused, MlxsftError, NetworkFailed, OutOfResources, UsageError
+from mlxsft.errors import InputRefused, NetworkFailed, UsageError
+from mlxsft.hub import Tell, Unreachable, download, hub_errors
 from mlxsft.models import checks
 from mlxsft.models.checks import TensorInfo
 
 __all__ = ["ModelSource", "TensorInfo", "open_model"]
 
-Progress = Callable[[str], None]
 # mlx-lm lets these attend to everything, where the model was made to see its sliding window alone: 3 to 7 nats a token
 # apart beyond it in tiny random models. Texts within the window are the same.
 WINDOWS_NOT_APPLIED = {"gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2"}
@@ -80,7 +78,7 @@ class ModelSource:
         return _sha256(self.folder / file)
 
 
-def open_model(model: str, *, revision: str | None = None, progress: Progress | None = None) -> ModelSource:
+def open_model(model: str, *, revision: str | None = None, progress: Tell | None = None) -> ModelSource:
     """The verified checkpoint of a folder or a Hub id; `progress` is told in one line what is downloaded."""
     try:
         folder = _find_folder(model)
@@ -162,11 +160,7 @@ def _digest(path: Path) -> str:
 # ---- the Hub --------------------------------------------------------------------------------------------------------
 
 
-class _Unreachable(NetworkFailed):
-    """The Hub did not answer; what the cache holds may still do."""
-
-
-def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelSource:
+def _from_hub(model: str, revision: str | None, progress: Tell) -> ModelSource:
     """The checkpoint of a Hub id, pinned to the commit that the revision stands for now."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -180,14 +174,14 @@ def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelSour
         raise UsageError(f"revision: {revision!r} is no branch, tag or commit")
     if revision is not None and checks.COMMIT.fullmatch(revision):  # never changes: what is cached needs no network
         with suppress(NetworkFailed):
-            return _from_cache(model, revision, _Unreachable(model))
+            return _from_cache(model, revision, Unreachable(model))
     try:
-        with _hub_errors(model, revision):
+        with hub_errors(model, revision, "model"):
             info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=30)
             commit, sizes = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
             if not checks.COMMIT.fullmatch(commit):
                 raise ValueError("its answer names no commit")
-    except _Unreachable as failure:
+    except Unreachable as failure:
         source = _from_cache(model, revision, failure)
         progress(f"{failure.message}; using the cached commit {source.commit}")
         return source
@@ -195,23 +189,23 @@ def _from_hub(model: str, revision: str | None, progress: Progress) -> ModelSour
 
 
 def _from_listing(
-    model: str, revision: str | None, commit: str, sizes: Mapping[str, int], progress: Progress
+    model: str, revision: str | None, commit: str, sizes: Mapping[str, int], progress: Tell
 ) -> ModelSource:
     """The checkpoint of one commit: judged by its file names, then by its small files, then downloaded."""
     checks.refuse_pickle_only(sizes)
     if "config.json" not in sizes:
         raise InputRefused("config.json is missing")
     small = [name for name in sizes if checks.defines(name) and not fnmatchcase(name, checks.WEIGHTS)]
-    folder = _download(model, commit, {name: sizes[name] for name in small}, progress)
+    folder = download(model, commit, {name: sizes[name] for name in small}, "model", progress)
     checks.read_configs(folder, small)
     weights = ["config.json", *checks.weight_files(sizes, checks.weight_map(folder, small))]
-    _download(model, commit, {name: sizes[name] for name in weights}, progress)
+    download(model, commit, {name: sizes[name] for name in weights}, "model", progress)
     source = _verify(folder, model, commit)
     _remember(model, revision, commit)
     return source
 
 
-def _from_cache(model: str, revision: str | None, failure: _Unreachable) -> ModelSource:
+def _from_cache(model: str, revision: str | None, failure: Unreachable) -> ModelSource:
     """The checkpoint as the Hub cache has it; `failure`, with what is missing, where that is not all of it."""
     from huggingface_hub import snapshot_download
 
@@ -225,67 +219,11 @@ def _from_cache(model: str, revision: str | None, failure: _Unreachable) -> Mode
         raise NetworkFailed(f"{failure.message}; the cache holds no complete copy", failure.hint) from error
 
 
-def _download(model: str, commit: str, sizes: Mapping[str, int], progress: Progress) -> Path:
-    """The snapshot folder of a commit, with the files of these names and bytes (config.json among them) in it."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-    config = try_to_load_from_cache(model, "config.json", revision=commit)
-    absent = [name for name in sizes if not isinstance(try_to_load_from_cache(model, name, revision=commit), str)]
-    if isinstance(config, str) and not absent:
-        return Path(config).parent
-    megabytes = sum(sizes[name] for name in absent) / 1e6
-    progress(f"{model} at {commit[:12]}: downloading {len(absent)} files, {megabytes:,.1f} MB")
-    with _hub_errors(model, commit):
-        folder = Path(snapshot_download(model, revision=commit, allow_patterns=[escape(name) for name in absent]))
-    if missing := [name for name in sizes if not (folder / name).is_file()]:
-        raise NetworkFailed(f"{model}: the Hub did not send {checks.some(missing)}", "Try again: the rest is kept.")
-    return folder
-
-
 def _remember(model: str, revision: str | None, commit: str) -> None:
     """Lets the cache find this commit by its branch or tag; called last, so that they name complete ones only."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     known = try_to_load_from_cache(model, "config.json", revision=revision)
     if not isinstance(known, str) or Path(known).parent.name != commit:
-        with _hub_errors(model, revision):
+        with hub_errors(model, revision, "model"):
             hf_hub_download(model, "config.json", revision=revision)
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """What huggingface_hub raises → NetworkFailed; for one call of it at a time."""
-    # httpx's or httpx2's, whichever this version of huggingface_hub is built on
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    try:
-        yield
-    # OSError: connection, disk, cache; RuntimeError: hf_xet's transfers; the others: an answer that is not a Hub's
-    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise _network_failure(model, revision, error) from error
-
-
-def _network_failure(model: str, revision: str | None, error: Exception) -> MlxsftError:
-    """One sentence for what went wrong between here and the Hub."""
-    from huggingface_hub import errors as hub
-
-    cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ else error
-    status = cause.response.status_code if isinstance(cause, hub.HfHubHTTPError) else None
-    login = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return OutOfResources(f"{model}: the disk is full", "Free some space, or set HF_HOME to another disk.")
-    if isinstance(cause, hub.GatedRepoError) or status == 403:
-        return NetworkFailed(f"{model}: the Hub refuses access", f"Ask for it on the model's page, then {login}.")
-    if isinstance(cause, hub.RevisionNotFoundError):
-        return NetworkFailed(f"{model}: the Hub has no revision {revision!r} of it", "Check the branch, tag or commit.")
-    if isinstance(cause, hub.RepositoryNotFoundError) or status in (401, 404):
-        return NetworkFailed(
-            f"{model}: neither a folder here nor a repository on the Hub that this login may see",
-            f"Check the name; for a private one, {login}.",
-        )
-    why = "HF_HUB_OFFLINE is set" if isinstance(cause, hub.OfflineModeIsEnabled) else f"{type(cause).__name__}: {cause}"
-    first_line = why.partition("\n")[0]
-    return _Unreachable(
-        f"{model}: no such folder here, and the Hub cannot be asked for it ({first_line})",
-        "Check the spelling of the folder, or the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
-    )

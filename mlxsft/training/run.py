@@ -15,7 +15,9 @@ from mlxsft.backends import Backend, load_backend
 from mlxsft.chat.generate import Sampling, answer_text
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
+from mlxsft.data.hub import address_of
 from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.data.sources import pin_recipe
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
@@ -49,9 +51,12 @@ def run_training(
             recipe = recipe.model_copy(update={"revision": folder.read_lock()["base"].get("commit")})
         source = open_model(recipe.model, revision=recipe.revision, progress=tell)
         recipe = recipe.model_copy(update={"revision": source.commit or recipe.revision})
+        known = folder.read_lock().get("hub", {}) if resume else {}
+        data, commits = pin_recipe(recipe.data, known, tell)
+        recipe = recipe.model_copy(update={"data": data})
         renderer = load_renderer(source, recipe.data.template)
         dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
-        lock = _lock(recipe, source, renderer)
+        lock = _lock(recipe, source, renderer, commits)
         checkpoint = None
         if resume:
             _check_same(folder, recipe, lock)
@@ -153,7 +158,7 @@ def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
         )
 
 
-def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer) -> dict[str, Any]:
+def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer, commits: Mapping[str, str]) -> dict[str, Any]:
     """What the run stands on: hashes of base, template and rows, and versions."""
     packages = ("mlx", "mlx-lm", "transformers", "torch", "numpy")
     versions = {"mlxsft": __version__, "python": platform.python_version()}
@@ -161,7 +166,8 @@ def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer) -> dict[str, 
     return {
         "base": {"name": source.name, "commit": source.commit, "sha256": source.hashes()},
         "template": {"name": renderer.template.name, "sha256": renderer.template.sha256},
-        "data": data_hashes(recipe.data),
+        "data": {address_of(Path(file)): sha256 for file, sha256 in data_hashes(recipe.data).items()},
+        "hub": dict(commits),  # of data sets, by the address that was written
         "versions": versions | {p: metadata.version(p) for p in packages if p in installed},
     }
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxsft.cli.data import FORMATS as CHOICES
+from mlxsft.cli.rows import FORMATS as CHOICES
 from mlxsft.data.convert import messages_row
 from mlxsft.data.formats import (
     COLUMNS,
@@ -207,6 +207,59 @@ def test_sharegpt_with_tools() -> None:
     assert one(row) == Conversation(expected, HERE, TOOLS)
     assert one({**row, "tools": [SEARCH]}) == one({**row, "tools": TOOLS[0]}) == one(row)
     assert one({**row, "tools": ""}).tools == ()
+
+
+CALLING = {"from": "function_call", "value": '{"name": "search", "arguments": {"q": ["a", 1]}}'}
+
+
+@pytest.mark.parametrize(
+    ("said", "turns"),
+    [
+        ([{"value": "Wait."}, CALLING], [Turn("assistant", "Wait.", tool_calls=(CALLED,))]),
+        ([CALLING, CALLING], [Turn("assistant", "", tool_calls=(CALLED, CALLED))]),
+        ([{"value": "Wait."}, CALLING, CALLING], [Turn("assistant", "Wait.", tool_calls=(CALLED, CALLED))]),
+        ([{"value": ""}, CALLING], [Turn("assistant", "", tool_calls=(CALLED,))]),
+        ([{"value": "Wait.", "thinking": "R"}, CALLING], [Turn("assistant", "Wait.", True, "R", (CALLED,))]),
+        ([CALLING, {"value": "Done."}], [Turn("assistant", "", tool_calls=(CALLED,)), Turn("assistant", "Done.")]),
+        (
+            [{"value": "Wait.", "weight": 0}, CALLING],
+            [Turn("assistant", "Wait.", False), Turn("assistant", "", tool_calls=(CALLED,))],
+        ),
+        (
+            [{"value": "Wait."}, {**CALLING, "thinking": "R"}],
+            [Turn("assistant", "Wait."), Turn("assistant", "", True, "R", (CALLED,))],
+        ),
+    ],
+)
+def test_a_call_joins_the_answer_before_it(said: list[dict[str, object]], turns: list[Turn]) -> None:
+    told = [{"from": "human", "value": "Q"}, *({"from": "gpt", **message} for message in said)]
+    assert list(one({"conversations": told}).turns) == [Turn("user", "Q"), *turns]
+
+
+def test_a_call_joins_the_answer_as_openai_writes_it() -> None:
+    call = {"type": "function", "function": {"name": "search", "arguments": {"q": ["a", 1]}}}
+    openai = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Wait.", "tool_calls": [call]}]
+    told = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "Wait."}, CALLING]
+    assert one({"conversations": told}) == one({"messages": openai})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "output": "A"},
+        {"instruction": "Q", "response": "A"},
+        {"instruction": "Q", "instances": [{"input": "", "output": "A"}]},
+        {"inputs": "Q", "targets": "A"},
+        {"prompt": "Q", "completion": "A"},
+        {"instruction": "Q", "input": "", "answer": "A"},
+    ],
+)
+def test_a_single_question_offers_its_tools(row: dict[str, object]) -> None:
+    assert one({**row, "tools": json.dumps([SEARCH])}).tools == TOOLS
+    assert one({**row, "tools": "[]"}).tools == one({**row, "functions": "sin, cos"}).tools == ()
+    assert refused({**row, "tools": "a hammer"}).detail.startswith("tools: ")
+    named = {"Q": "q", "A": "a", "T": [SEARCH], "tools": "a hammer"}
+    assert one(named, columns={"prompt": "Q", "response": "A", "tools": "T"}).tools == TOOLS
 
 
 ARGUMENTS = {"q": ["a", 1]}

@@ -39,7 +39,7 @@ def test_the_built_in_phrasings_suit_rows_with_and_without_an_input() -> None:
 @given(st.text(min_size=1).filter(str.strip), st.text(), st.text(min_size=1).filter(str.strip), st.integers(0, 9))
 def test_every_phrasing_keeps_the_task_and_the_answer(task: str, about: str, answer: str, seed: int) -> None:
     row = row_of({"instruction": task, "input": about, "output": answer, "system": "S"})
-    phrased = BUILT.phrase(row, seed=seed)
+    (phrased,) = BUILT.phrase(row, seed=seed)
     assert task.strip() in question(phrased)
     assert about.strip() in question(phrased)
     assert [t for t in phrased.turns if t.role != "user"] == [t for t in row.turns if t.role != "user"]
@@ -48,9 +48,9 @@ def test_every_phrasing_keeps_the_task_and_the_answer(task: str, about: str, ans
 def test_the_phrasing_follows_from_the_seed_and_what_the_row_says() -> None:
     rows = [row_of({"prompt": f"question {i}", "completion": "A"}) for i in range(2000)]
     moved = [row_of({"question": f"question {i}", "answer": "A"}, Origin("other", i + 1)) for i in range(2000)]
-    first = [question(BUILT.phrase(row, seed=0)) for row in rows]
-    assert first == [question(BUILT.phrase(row, seed=0)) for row in moved]
-    assert first != [question(BUILT.phrase(row, seed=1)) for row in rows]
+    first = [question(BUILT.phrase(row, seed=0)[0]) for row in rows]
+    assert first == [question(BUILT.phrase(row, seed=0)[0]) for row in moved]
+    assert first != [question(BUILT.phrase(row, seed=1)[0]) for row in rows]
     used = Counter(text.replace(f"question {i}", "{instruction}") for i, text in enumerate(first))
     assert set(used) == set(BUILT.without_input)
     assert min(used.values()) > 150  # 200 of each are expected, give or take 13
@@ -67,15 +67,25 @@ def test_the_phrasing_follows_from_the_seed_and_what_the_row_says() -> None:
 )
 def test_other_rows_stay_as_they_are(value: object) -> None:
     row = row_of(value)
-    assert BUILT.phrase(row, seed=0) is row
+    assert [id(phrased) for phrased in BUILT.phrase(row, seed=0, copies=3)] == [id(row)]
 
 
 def test_fields_are_filled_once_and_braces_in_rows_are_text() -> None:
     phrasings = Phrasings(("<{input}|{instruction}>",), ("<{prompt}>",))
-    assert question(phrasings.phrase(row_of({"prompt": "{input} {}", "completion": "A"}), seed=0)) == "<{input} {}>"
+    assert question(phrasings.phrase(row_of({"prompt": "{input} {}", "completion": "A"}), seed=0)[0]) == "<{input} {}>"
     row = row_of({"instruction": "{input}", "input": "{x}", "output": "A"})
-    assert question(phrasings.phrase(row, seed=0)) == "<{x}|{input}>"
-    assert Phrasings((), ("x {instruction}",)).phrase(row, seed=0) is row
+    assert question(phrasings.phrase(row, seed=0)[0]) == "<{x}|{input}>"
+    assert Phrasings((), ("x {instruction}",)).phrase(row, seed=0)[0] is row
+
+
+def test_the_copies_of_a_row_are_phrased_each_in_another_way() -> None:
+    row = row_of({"prompt": "Why?", "completion": "A"})
+    for seed in range(20):
+        copies = [question(phrased) for phrased in BUILT.phrase(row, seed=seed, copies=4)]
+        assert len(set(copies)) == 4
+        assert copies[:1] == [question(phrased) for phrased in BUILT.phrase(row, seed=seed)]
+    every = [question(phrased) for phrased in BUILT.phrase(row, seed=0, copies=100)]
+    assert sorted(every) == sorted(text.replace("{instruction}", "Why?") for text in BUILT.without_input)
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "mine.yml", "mine.json"])

@@ -14,7 +14,7 @@ import pytest
 from mlxsft.data.dataset import data_hashes, load_dataset
 from mlxsft.data.formats import Conversation, Origin, Turn
 from mlxsft.data.render import Renderer, load_renderer
-from mlxsft.data.sources import WeightedPath
+from mlxsft.data.sources import WeightedSource
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import open_model
 from mlxsft.recipe import DataRecipe, dump_recipe, load_recipe
@@ -64,7 +64,9 @@ def test_held_out_rows_count_once_and_are_not_trained(tmp_path: Path, renderer: 
 
 def test_a_fraction_of_a_source_grows_without_dropping_rows() -> None:
     rows = [Conversation((Turn("user", str(i)),), Origin("a", i)) for i in range(500)]
-    taken = [{row.origin for row in rows if WeightedPath(Path("a"), w / 10).copies(row, seed=3)} for w in range(1, 11)]
+    taken = [
+        {row.origin for row in rows if WeightedSource(Path("a"), w / 10).copies(row, seed=3)} for w in range(1, 11)
+    ]
     assert all(less < more for less, more in pairwise(taken))
     assert len(taken[-1]) == 500
 
@@ -80,6 +82,35 @@ def test_phrasings_are_trained_and_questions_stay_on_one_side(tmp_path: Path, re
     assert not {e.origin for e in made.train} & {e.origin for e in made.valid}
     prompts = {renderer.tokenizer.decode(e.tokens[e.answers[0] - 40 : e.answers[0]].tolist()) for e in made.train[:6]}
     assert len(prompts) > 2
+
+
+@pytest.mark.parametrize("kept", [10**9, 0])
+def test_the_copies_of_a_row_take_other_phrasings(
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr("mlxsft.data.rendered.CACHE_FROM_ROWS", kept)
+    train = {"path": write(tmp_path / "a.jsonl", range(20)), "weight": 12}
+    data = DataRecipe.model_validate({"train": train, "valid": 0.2, "templates": "instructions"})
+    made = [load_dataset(data, renderer, seed=seed) for seed in (0, 0, 1)]
+    assert made[0].ledger == {"read": 20, "trained": 16, "held out": 4}
+    assert (len(made[0].train), len(made[0].valid)) == (16 * 12, 4)
+    texts = [[e.tokens.tolist() for e in each.train] for each in made]
+    assert texts[0] == texts[1] != texts[2]
+    by_row: dict[object, Counter[str]] = {}
+    for example in made[0].train:
+        by_row.setdefault(example.origin, Counter())[str(example.tokens.tolist())] += 1
+    assert all(sorted(times.values()) == [1] * 8 + [2] * 2 for times in by_row.values())  # there are ten phrasings
+
+
+def test_a_copy_whose_phrasing_does_not_fit_takes_another(tmp_path: Path, renderer: Renderer) -> None:
+    long = " ".join(["please"] * 60)
+    (tmp_path / "p.yaml").write_text(f"phrasings: ['{{prompt}}', '{long} {{prompt}}']")
+    train = {"path": write(tmp_path / "a.jsonl", range(30)), "weight": 2}
+    settings = {"train": train, "valid": None, "templates": str(tmp_path / "p.yaml"), "max_tokens": 64}
+    made = load_dataset(DataRecipe.model_validate({**settings, "too_long": "drop"}), renderer, seed=0)
+    assert made.ledger["read"] == 30 == made.ledger["trained"] + made.ledger["too long"]
+    assert len(made.train) == 2 * made.ledger["trained"] > 0
+    assert max(len(example.tokens) for example in made.train) <= 64
 
 
 def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path: Path) -> None:
@@ -106,9 +137,16 @@ def test_a_recipe_with_all_of_it_is_absolute_and_survives_a_round_trip(tmp_path:
         ("train: [{path: a.jsonl, weight: -1}]", "data.train[0].weight: got -1, expected a number > 0 and ≤ 100"),
         ("train: {path: a.jsonl, weight: true}", "data.train.weight: got true, expected a number > 0 and ≤ 100"),
         ("train: [b.jsonl, {weight: 1}]", "data.train[1].path: got null, expected the name of a file or a folder"),
-        ("train: [{path: a.jsonl, wieght: 1}]", "data.train[0].wieght: no such setting; a source has path and weight"),
+        (
+            "train: [{path: a.jsonl, wieght: 1}]",
+            "data.train[0].wieght: no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight",
+        ),
         ("train: 3", "data.train: got 3, expected text, or path and weight, or a list of these; put it in quotes"),
-        ("train: [a.jsonl, hf://org/rows]", "run `hf download org/rows --repo-type dataset --local-dir FOLDER`"),
+        ("train: [a.jsonl, hf://org/rows train]", 'data.train: got "hf://org/rows train", expected hf://ORG/NAME[@REV'),
+        (
+            "train: [{hub: org/rows}]",
+            "hub: no such setting; a source has path (of the Hub: hf://ORG/NAME) and weight",
+        ),
         ("train: a.jsonl\n  columns: {frage: x}", "data.columns.frage: no such name; names: prompt, response, "),
         ("train: a.jsonl\n  columns: {prompt: 3}", "data.columns.prompt: got 3, expected text; put it in quotes"),
     ],

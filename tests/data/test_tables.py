@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxsft.data.places import LeftOut
-from mlxsft.data.rows import files_of, read_rows
+from mlxsft.data.rows import read_rows
+from mlxsft.data.sources import files_of
 from mlxsft.errors import InputRefused
 
 

@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-import mlxsft
+from tests.hub import FIRST, SECOND, Hub, environment
 
-FIRST, SECOND = "1" * 40, "2" * 40
 CHILD = """
 import json, sys
 from mlxsft.errors import MlxsftError
@@ -58,99 +51,20 @@ def checkpoint(fill: float = 0.0, **config: object) -> dict[str, bytes]:
     }
 
 
-@dataclass
-class Hub:
-    """A Hub's answers; `log` has every request as (method, path, Authorization)."""
-
-    repos: dict[str, dict[str, dict[str, bytes]]]  # id → commit → file → content; the last commit is main
-    log: list[tuple[str, str, str | None]] = field(default_factory=list)
-    endpoint: str = ""
-    status: int = 200  # any other is the answer to everything
-
-    def resolve(self, repo: str, revision: str) -> str | None:
-        commits = self.repos[repo]
-        return list(commits)[-1] if revision == "main" else revision if revision in commits else None
-
-    def asked_for(self, word: str) -> list[str]:
-        return [path for _, path, _ in self.log if word in path]
-
-    def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
-        if self.status != 200:
-            return self.status, {"X-Error-Code": "GatedRepo"} if self.status == 403 else {}, b""
-        # /api/models/ORG/NAME[/revision/REVISION], /api/models/ORG/NAME/tree/REVISION, /ORG/NAME/resolve/REVISION/FILE
-        org, name, *rest = path.removeprefix("/api/models").strip("/").split("/")
-        verb, revision = (rest[0], unquote(rest[1])) if rest else ("revision", "main")
-        repo = f"{org}/{name}"
-        if repo not in self.repos:
-            return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        commit = self.resolve(repo, revision)
-        if commit is None:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        files = self.repos[repo][commit]
-        if verb == "resolve":
-            return self.file(files, commit, unquote("/".join(rest[2:])))
-        if verb == "tree":
-            return 200, {}, json.dumps([self.entry(name, data) for name, data in files.items()]).encode()
-        siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-        return 200, {}, json.dumps({"id": repo, "sha": commit, "siblings": siblings, "tags": []}).encode()
-
-    def file(self, files: dict[str, bytes], commit: str, name: str) -> tuple[int, dict[str, str], bytes]:
-        if name not in files:
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
-        entry = self.entry(name, files[name])
-        etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
-        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[name]
-
-    @staticmethod
-    def entry(name: str, data: bytes) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-        if name.endswith(".safetensors"):
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-        return entry
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub({"org/name": {FIRST: checkpoint()}})
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            hub.log.append((self.command, path, self.headers.get("Authorization")))
-            status, headers, body = hub.answer(self.command, path)
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def hub(hub: Hub) -> Hub:
+    hub.repos["org/name"] = {FIRST: checkpoint()}
+    return hub
 
 
 @pytest.fixture
 def opened(tmp_path: Path, hub: Hub) -> Any:
     """`opened(model, revision, HF_HUB_OFFLINE="1", ...)`: what a process with that environment says."""
 
-    def run(model: str = "org/name", revision: str = "", **environment: str) -> dict[str, Any]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        root = str(Path(mlxsft.__file__).parents[1])
-        ours = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": root}
+    def run(model: str = "org/name", revision: str = "", **settings: str) -> dict[str, Any]:
         child = subprocess.run(
             [sys.executable, "-c", CHILD, model, revision],
-            env={**kept, **ours, "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+            env={**environment(hub, tmp_path / "hf"), **settings},
             cwd=tmp_path,
             capture_output=True,
             text=True,
