@@ -92,7 +92,7 @@ def check(
     if renderer.positions is not None and renderer.positions < data.max_tokens:
         data = data.model_copy(update={"max_tokens": renderer.positions})
     held = {n: read_conversations(p, format=format, fill=data.fill, split=n) for n, p in (held_out or {}).items()}
-    auditor = _Auditor(data, renderer)
+    auditor = _Auditor(data, renderer, compares=bool(held))
     rows = watch(read_conversations(paths, format=format, columns=data.columns, fill=data.fill))
     for row, made in renderer.rendered(auditor.readable(rows), data):
         auditor.add(row, made)
@@ -107,17 +107,19 @@ _SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "
 class _Auditor:
     """Takes rows one by one; `result` closes the books."""
 
-    def __init__(self, data: DataRecipe, renderer: Renderer) -> None:
+    def __init__(self, data: DataRecipe, renderer: Renderer, *, compares: bool) -> None:
         self.data, self.renderer = data, renderer
         self.ledger = Counter({"read": 0, "usable": 0})
         self.tallies = {id: Tally() for id in KINDS}
         self.details: dict[str, str] = {}
         self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
         self.profile: dict[str, Counter[str]] = {n: Counter() for n in ("language", "format", "opening", "category")}
-        self.whole, self.asked = Texts(), Texts()  # of training rows, and of held-out ones behind them
+        self.whole = Texts()  # training rows, and held-out ones behind them
+        self.asked = Texts() if compares else None  # their prompts, which only held-out rows are compared with
         self.places = _Places()
         self.rows_seen: dict[int, int] = {}  # fingerprint of a row → its number among the texts
-        self.answer_to: dict[int, tuple[int, int]] = {}  # fingerprint of a prompt → of its first answer, its number
+        self.asked_in: dict[int, int] = {}  # fingerprint of a prompt → number of the first text that asks it
+        self.told = array("Q")  # fingerprint of the answer of each text
         self.alphabet = _Alphabet(renderer)
         self.ended = self.unended = 0
 
@@ -183,15 +185,20 @@ class _Auditor:
 
     def _remember(self, row: Conversation) -> None:
         asked, told = _asked(row), _told(row)
-        number = self.whole.add(f"{asked}\n{told}")
-        self.asked.add(asked)
-        self.places.add(row.origin.file, row.origin.line, asked or told)
+        number = self._number(row, asked, told)
+        self.told.append(fingerprint(normalise(told)) if asked else 0)
         if not asked:
             return
-        key, answer = fingerprint(normalise(asked)), fingerprint(normalise(told))
-        first, other = self.answer_to.setdefault(key, (answer, number))
-        if first != answer:
+        other = self.asked_in.setdefault(fingerprint(normalise(asked)), number)
+        if self.told[other] != self.told[number]:
             self._found("conflicting-answers", row, f"as {self.places[other]}: {asked}")
+
+    def _number(self, row: Conversation, asked: str, told: str) -> int:
+        """The number of a row among those that are compared."""
+        if self.asked is not None:
+            self.asked.add(asked)
+        self.places.add(row.origin.file, row.origin.line, asked or told)
+        return self.whole.add(f"{asked}\n{told}")
 
     def _judge_answers(self, row: Conversation) -> None:
         answers = [turn.content for turn in row.turns if turn.role == "assistant" and turn.content.strip()]
@@ -226,15 +233,13 @@ class _Auditor:
                 continue
             ledger["compared"] += 1
             asked, told = _asked(row), _told(row)
-            number = self.whole.add(f"{asked}\n{told}")
-            self.asked.add(asked)
-            self.places.add(row.origin.file, row.origin.line, asked or told)
+            number = self._number(row, asked, told)
             copy = self.rows_seen.get(_fingerprint(row))
-            same = self.answer_to.get(fingerprint(normalise(asked))) if asked else None
+            same = self.asked_in.get(fingerprint(normalise(asked))) if asked else None
             if copy is not None:
                 self.places.leaks[number] = ("an exact copy of", copy)
             elif same is not None:
-                self.places.leaks[number] = ("the prompt of", same[1])
+                self.places.leaks[number] = ("the prompt of", same)
         return dict(ledger)
 
     # --- closing the books -----------------------------------------------------------------------------------------
@@ -243,7 +248,7 @@ class _Auditor:
         trained = self.ledger["usable"]
         pairs = self.whole.pairs()
         self._near_duplicates(pairs, trained)
-        if held_out:
+        if self.asked is not None:
             for what, found in (("nearly", pairs), ("nearly the prompt of", self.asked.pairs())):
                 self._near_leaks(what, found, trained)
             for number in sorted(self.places.leaks):

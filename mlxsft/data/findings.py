@@ -56,7 +56,9 @@ class Tally:
 
 def shortened(text: str, width: int = 100) -> str:
     """The beginning of a text on one line, without what steers a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * width]).split())
+    line = " ".join(text[: 4 * width].split())
+    if not line.isprintable():
+        line = " ".join("".join(c if c.isprintable() else " " for c in line).split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

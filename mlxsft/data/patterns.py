@@ -35,6 +35,8 @@ def personal_data(text: str) -> Iterator[Match]:
 
 def secrets(text: str) -> Iterator[Match]:
     """Keys and tokens whose issuers gave them a shape of their own, and private keys."""
+    if not any(mark in text for mark in _MARKS):  # a search for each is far cheaper than the pattern
+        return
     for found in _SECRET.finditer(text):
         kind = str(found.lastgroup).replace("_", " ")
         if not _DOCUMENTED.search(found[0]) and (kind == "private key" or _looks_random(found[0])):
@@ -111,4 +113,8 @@ _SECRET = re.compile(
     r"|(?P<private_key>-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----)"
     r"|(?P<JWT>\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
 )
+_MARKS = (  # one is in each secret
+    "AKIA", "ASIA", "sk-", "hf_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "AIza", "k_live_",
+    "PRIVATE KEY", "eyJ",
+)  # fmt: skip
 _DOCUMENTED = re.compile(r"EXAMPLE|[xX]{6}|your[-_]", re.IGNORECASE)

@@ -6,6 +6,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
+from itertools import islice
 
 PLACEHOLDER = re.compile(r"\{\{[ \t]*[\w.-]+[ \t]*\}\}")
 _JUDGED = 600  # characters of a text that its language is told from
@@ -13,7 +15,7 @@ _JUDGED = 600  # characters of a text that its language is told from
 
 def opening(answer: str) -> str:
     """The first three words, in lower case; shorter answers have no opening."""
-    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", answer[:200])
+    words = [m[0] for m in islice(_OPENING_WORD.finditer(answer[:200]), 4)]
     return " ".join(words[:3]).casefold() if len(words) > 3 else ""
 
 
@@ -64,9 +66,9 @@ def language(text: str) -> str:
     words = re.findall(r"[^\W\d_]+", part.casefold())
     if len(words) < 4:
         return ""
-    scores = {name: sum(w in common for w in words) for name, common in _COMMON_WORDS.items()}
-    first, second = sorted(scores, key=lambda name: -scores[name])[:2]
-    return first if scores[first] >= max(2, len(words) // 12) and scores[first] > scores[second] else ""
+    scores = Counter(name for word in words if word in _LANGUAGES for name in _LANGUAGES[word])
+    (first, most), (_, next_most) = [*scores.most_common(2), ("", 0), ("", 0)][:2]
+    return first if most >= max(2, len(words) // 12) and most > next_most else ""
 
 
 def _is_json(text: str) -> bool:
@@ -77,11 +79,13 @@ def _is_json(text: str) -> bool:
     return True
 
 
+@cache
 def _script(character: str) -> str:
     code = ord(character)
     return next((name for low, high, name in _SCRIPTS if low <= code <= high), "")
 
 
+_OPENING_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _ITEM = re.compile(r"\s*(?:[-*•+]|\d{1,3}[.)]|[A-Za-z][.)])\s")
 _DECLINES = re.compile(
     r"(?:(?:i['’]m|i am) (?:very |so |really )?sorry[,.]? (?:but )?"
@@ -109,19 +113,20 @@ _SCRIPTS = (
     (0x20000, 0x3134F, "Chinese"),
 )  # fmt: skip
 _COMMON_WORDS = {
-    name: frozenset(words.split())
-    for name, words in {
-        "English": "the of and to in is that it for was on are as with be by at this have from or you not what which "
-        "how i can your a an",
-        "German": "der die das und ist nicht ein eine zu den von mit sich auf für dem des im wie ich es auch wird sind "
-        "was kann",
-        "French": "le la les et est une des du que pour dans qui pas sur au par avec ce il sont je vous plus comment",
-        "Spanish": "el los las y es una que del para con por se su lo como más pero sus al está qué cómo son",
-        "Portuguese": "o os as e é uma que do da para com não por se em no na mais como dos das você são um",
-        "Italian": "il lo gli e è una che di per con non del della sono un in si come nel alla anche più quali",
-        "Dutch": "de het een en van is dat niet op te zijn met voor aan er om ook als bij wat hoe je kan worden",
-        "Polish": "i w na z się nie do to że jest jak po co o od za przez dla czy są oraz może",
-        "Swedish": "och att det som är en av för på med den till inte har de om ett hur kan jag du",
-        "Turkish": "ve bir bu için ile da de ne çok olarak daha nasıl olan gibi en var mi kadar sonra",
-    }.items()
+    "English": "the of and to in is that it for was on are as with be by at this have from or you not what which "
+    "how i can your a an",
+    "German": "der die das und ist nicht ein eine zu den von mit sich auf für dem des im wie ich es auch wird sind "
+    "was kann",
+    "French": "le la les et est une des du que pour dans qui pas sur au par avec ce il sont je vous plus comment",
+    "Spanish": "el los las y es una que del para con por se su lo como más pero sus al está qué cómo son",
+    "Portuguese": "o os as e é uma que do da para com não por se em no na mais como dos das você são um",
+    "Italian": "il lo gli e è una che di per con non del della sono un in si come nel alla anche più quali",
+    "Dutch": "de het een en van is dat niet op te zijn met voor aan er om ook als bij wat hoe je kan worden",
+    "Polish": "i w na z się nie do to że jest jak po co o od za przez dla czy są oraz może",
+    "Swedish": "och att det som är en av för på med den till inte har de om ett hur kan jag du",
+    "Turkish": "ve bir bu için ile da de ne çok olarak daha nasıl olan gibi en var mi kadar sonra",
 }
+_LANGUAGES: dict[str, list[str]] = {}  # by word
+for _name, _words in _COMMON_WORDS.items():
+    for _word in set(_words.split()):
+        _LANGUAGES.setdefault(_word, []).append(_name)
