@@ -72,7 +72,7 @@ def write_rows(path: Path, count: int, some: Sequence[str], *, short: bool) -> N
 
 
 def recombined(some: Sequence[str], short: bool) -> Iterator[dict[str, str]]:
-    """Rows without end: the beginning of one sentence and the end of another, once to ask and once or more to answer."""
+    """Rows without end: the beginning of one sentence and the end of another ask, others answer."""
     draw = random.Random(0)
     half, answers = (28, 1) if short else (60, 3)
     while True:
