@@ -5,7 +5,6 @@ Every row is read once. What is kept of it is numbers and a few words: fingerpri
 
 from __future__ import annotations
 
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxsft.data import patterns, traits
+from mlxsft.data.alphabet import Alphabet
 from mlxsft.data.duplicates import Texts, fingerprint, groups
 from mlxsft.data.findings import KINDS, Finding, Tally, shortened
 from mlxsft.data.formats import Conversation, read_conversations
@@ -31,6 +31,7 @@ Rows = Iterable[Conversation | LeftOut]
 Watch = Callable[[Rows], Rows]  # what shows progress while rows go by
 
 ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
+ALIKE_FROM = 16  # tokens from which answers of one length say something; labels are alike by nature
 _REASONS = {  # of the ledger, and the finding that explains them
     "special token": "special-tokens",
     "refused by the template": "template",
@@ -111,6 +112,7 @@ class _Auditor:
         self.data, self.renderer = data, renderer
         self.ledger = Counter({"read": 0, "usable": 0})
         self.tallies = {id: Tally() for id in KINDS}
+        self.languages: dict[str, Tally] = {}
         self.details: dict[str, str] = {}
         self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
         self.profile: dict[str, Counter[str]] = {n: Counter() for n in ("language", "format", "opening", "category")}
@@ -120,7 +122,7 @@ class _Auditor:
         self.rows_seen: dict[int, int] = {}  # fingerprint of a row → its number among the texts
         self.asked_in: dict[int, int] = {}  # fingerprint of a prompt → number of the first text that asks it
         self.told = array("Q")  # fingerprint of the answer of each text
-        self.alphabet = _Alphabet(renderer)
+        self.alphabet = Alphabet(renderer.tokenizer)
         self.ended = self.unended = 0
 
     # --- rows to train on ------------------------------------------------------------------------------------------
@@ -145,7 +147,11 @@ class _Auditor:
         key = _fingerprint(row)
         if key in self.rows_seen:
             self.ledger["duplicate"] += 1
-            self._found("duplicates", row, f"as {self.places[self.rows_seen[key]]}: {_asked(row) or _told(row)}")
+            self._found(
+                "duplicates",
+                row,
+                f"as {self.places.beside(self.rows_seen[key], row.origin.file)}: {_asked(row) or _told(row)}",
+            )
             return
         self.rows_seen[key] = len(self.whole)
         self.ledger["usable"] += 1
@@ -191,7 +197,7 @@ class _Auditor:
             return
         other = self.asked_in.setdefault(fingerprint(normalise(asked)), number)
         if self.told[other] != self.told[number]:
-            self._found("conflicting-answers", row, f"as {self.places[other]}: {asked}")
+            self._found("conflicting-answers", row, f"as {self.places.beside(other, row.origin.file)}: {asked}")
 
     def _number(self, row: Conversation, asked: str, told: str) -> int:
         """The number of a row among those that are compared."""
@@ -206,7 +212,10 @@ class _Auditor:
         if lost := self.alphabet.lost("".join(texts)):
             self._found("lost-text", row, f"{lost}: {texts[0]}")
         if texts:
-            self.profile["language"][traits.language("\n".join(texts)) or "not told"] += 1
+            language = traits.language("\n".join(texts))
+            self.profile["language"][language or "not told"] += 1
+            if language:
+                self.languages.setdefault(language, Tally()).add(row.origin, f"{language}: {texts[0]}")
         if not answers:
             return
         for id, test in (("short-answers", traits.is_short), ("refusals", traits.is_refusal)):
@@ -268,7 +277,8 @@ class _Auditor:
     def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
         leaders = groups(trained, ((a, b) for a, b in pairs if b < trained))
         for number in np.flatnonzero(leaders != np.arange(trained)).tolist():
-            words = f"nearly {self.places[int(leaders[number])]}: {self.places.excerpt(number)}"
+            other = self.places.beside(int(leaders[number]), self.places.file(number))
+            words = f"nearly {other}: {self.places.excerpt(number)}"
             self.tallies["near-duplicates"].add(self.places[number], words)
 
     def _near_leaks(self, what: str, pairs: list[tuple[int, int]], trained: int) -> None:
@@ -289,15 +299,20 @@ class _Auditor:
         """Findings that only the whole set shows: they name no single row."""
         answers = self.profile["format"].total()
         profile = self._known_profile()
-        for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.95)):
+        for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.8)):
             top = profile.get(name, Counter()).most_common(1)
-            if answers >= ENOUGH and top and top[0][1] >= most * answers:
+            if answers >= ENOUGH and top and top[0][1] >= most * answers and top[0][0] != "prose":
                 self._whole(id, top[0][1], f"{top[0][0]!r} in {top[0][1] / answers:.0%} of the answers")
-        languages = Counter({n: c for n, c in self.profile["language"].items() if n != "not told"})
-        if len(languages) > 1:
-            (main, count), *others = languages.most_common()
-            rest = ", ".join(f"{name} {n:,}" for name, n in others[:6])
-            self._whole("languages", languages.total() - count, f"mostly {main} ({count:,}); also {rest}")
+        if answers >= ENOUGH and not self.tallies["answer-format"].count:
+            low, high = self.lengths["response"].middle(0.9)
+            if low >= ALIKE_FROM and high <= 1.2 * low:
+                self._whole("answer-format", round(0.9 * answers), f"nine in ten answers take {low} to {high} tokens")
+        if len(self.languages) > 1:
+            (main, mostly), *others = sorted(self.languages.items(), key=lambda item: -item[1].count)
+            rest = ", ".join(f"{name} {tally.count:,}" for name, tally in others[:6])
+            detail = f"mostly {main} ({mostly.count:,}); also {rest}"
+            self._whole("languages", sum(tally.count for _, tally in others), detail)
+            self.tallies["languages"].examples += [shown for _, tally in others for shown in tally.examples][:3]
         classes = profile.get("category", Counter())
         small = {n: c for n, c in classes.items() if n and c * 10 * len(classes) < classes.total()}
         if small:
@@ -331,32 +346,17 @@ class _Places:
         self._ends.append(len(self._words))
 
     def __getitem__(self, number: int) -> str:
-        return f"{list(self._files)[self._file[number]]}:{self._line[number]}"
+        return f"{self.file(number)}:{self._line[number]}"
+
+    def file(self, number: int) -> str:
+        return list(self._files)[self._file[number]]
+
+    def beside(self, number: int, file: str) -> str:
+        """The place as it is told beside another one in `file`."""
+        return f"line {self._line[number]}" if self.file(number) == file else self[number]
 
     def excerpt(self, number: int) -> str:
         return self._words[self._ends[number] : self._ends[number + 1]].decode("utf-8")
-
-
-class _Alphabet:
-    """Which characters come back out of the tokenizer; each is tried once, when it is met first."""
-
-    def __init__(self, renderer: Renderer) -> None:
-        self._tokenizer = renderer.tokenizer
-        self._good: set[str] = set()
-        self.bad: set[str] = set()
-
-    def lost(self, text: str) -> str:
-        """The characters of this text that do not come back, each once."""
-        letters = set(text)
-        for letter in letters - self._good - self.bad:
-            (self._good if self._returns(letter) else self.bad).add(letter)
-        return "".join(sorted(letters & self.bad))[:20] if self.bad else ""
-
-    def _returns(self, letter: str) -> bool:
-        back = self._tokenizer.decode(self._tokenizer.encode(self._tokenizer.fence(letter)))
-        # Tokenizers that normalise write the same character in another way; white space and controls are no text.
-        same = unicodedata.normalize("NFKC", letter).strip()
-        return same in unicodedata.normalize("NFKC", back) or unicodedata.category(letter) in ("Cc", "Cf", "Mn")
 
 
 def _answers_from(row: Conversation) -> int:

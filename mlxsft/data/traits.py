@@ -44,11 +44,27 @@ def is_refusal(answer: str) -> bool:
 
 
 def ends(answer: str) -> bool:
-    """Whether the last character closes a sentence, a bracket, a quotation or a fence, and no fence is left open."""
+    """Whether the answer looks whole: what says so is the sign it ends on, or that it is not made of sentences.
+
+    A signature, a number, a hashtag, a phrase, a verse and a row of items end without a full stop. A word that
+    cannot be the last one tells in all of them that something is missing.
+    """
     text = answer.rstrip()
-    if text.count("```") % 2:
+    if not text or text.count("```") % 2:
         return False
-    return bool(text) and (text[-1] in _CLOSING or unicodedata.category(text[-1]) in ("So", "Sk", "Pe", "Pf"))
+    if text[-1] in _CLOSING or unicodedata.category(text[-1]) in ("So", "Sk", "Pe", "Pf"):
+        return True
+    *before, last = [line.strip() for line in _FENCED.sub("", text).splitlines() if line.strip()]
+    words = last.split()
+    if words[-1].casefold() in _NEVER_LAST or text[-1] in ",，、":
+        return False
+    if not text[-1].isalpha() or words[-1].startswith("#") or any(c.isdigit() for c in words[-1]):
+        return True
+    if _SIGNED.search(last) or (before and before[-1].endswith((",", "-")) and len(words) < 7):
+        return True
+    if not before:
+        return len(words) < 12 and not _SENTENCE_END.search(last)
+    return len(before) > 1 and 2 * sum(line[-1] not in _CLOSING for line in before) >= len(before)
 
 
 def language(text: str) -> str:
@@ -68,7 +84,10 @@ def language(text: str) -> str:
         return ""
     scores = Counter(name for word in words if word in _LANGUAGES for name in _LANGUAGES[word])
     (first, most), (_, next_most) = [*scores.most_common(2), ("", 0), ("", 0)][:2]
-    return first if most >= max(2, len(words) // 12) and most > next_most else ""
+    if most < max(2, len(words) // 12) or most == next_most:
+        return ""
+    different = {word for word in words if first in _LANGUAGES.get(word, ())}
+    return first if len(different) > 1 else ""  # one word that is repeated tells little: `var` is Turkish
 
 
 def _is_json(text: str) -> bool:
@@ -105,6 +124,17 @@ _IS_A_MODEL = re.compile(
     re.IGNORECASE,
 )
 _CLOSING = frozenset(".!?…:;)]}>\"'”’»`*_~|。！？；：」』）】।॥؟۔") | frozenset("\N{ZERO WIDTH JOINER}")
+_FENCED = re.compile(r"```.*?```", re.DOTALL)
+_NEVER_LAST = frozenset(
+    ["the", "a", "an", "and", "or", "of", "to", "for", "with", "is", "are", "was", "that", "which", "as", "but", "if"]
+)
+_SENTENCE_END = re.compile(r"[.!?…][\"')\]”’]*\s|[。！？]")
+_SIGNED = re.compile(  # a letter's end on one line, who said a quotation, or the last item of a numbered row
+    r"\b(?i:sincerely|faithfully|truly|respectfully|affectionately|regards|wishes|yours|respect|hope|love|thanks"
+    r"|cheers|luck|anticipation|admiration|gratitude),\s*(?:\S+\s*){1,6}$"
+    r"|[-–—~]\s?[A-Z][\w.'’]*(?:\s+\S+){0,4}$"
+    r"|\b\d{1,3}[.)]\s+(?:\S+\s*){1,8}$"
+)
 _SCRIPTS = (
     (0x41, 0x24F, "Latin"), (0x1E00, 0x1EFF, "Latin"), (0x370, 0x3FF, "Greek"), (0x400, 0x52F, "Cyrillic"),
     (0x530, 0x58F, "Armenian"), (0x590, 0x5FF, "Hebrew"), (0x600, 0x77F, "Arabic"), (0x900, 0x97F, "Devanagari"),
