@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Rows = Iterable[Conversation | LeftOut]
 Watch = Callable[[Rows], Rows]  # what shows progress while rows go by
 
+OTHERS = "(others)"  # what a profile calls all that it does not name
+SHOWN, COUNTED = 20, 50_000  # what a profile names, and what it counts one by one on the way
 ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
 ALIKE_FROM = 16  # tokens from which answers of one length say something; labels are alike by nature
 _REASONS = {  # of the ledger, and the finding that explains them
@@ -187,7 +189,7 @@ class _Auditor:
             self.lengths[name].add(length)
         if note := next((e.note for e in examples if e.note in _SHORTENED), None):
             self._found("too-long", row, note)
-        self.profile["category"][row.category] += 1
+        self._count("category", row.category)
 
     def _remember(self, row: Conversation) -> None:
         asked, told = _asked(row), _told(row)
@@ -213,7 +215,7 @@ class _Auditor:
             self._found("lost-text", row, f"{lost}: {texts[0]}")
         if texts:
             language = traits.language("\n".join(texts))
-            self.profile["language"][language or "not told"] += 1
+            self._count("language", language or "not told")
             if language:
                 self.languages.setdefault(language, Tally()).add(row.origin, f"{language}: {texts[0]}")
         if not answers:
@@ -221,14 +223,22 @@ class _Auditor:
         for id, test in (("short-answers", traits.is_short), ("refusals", traits.is_refusal)):
             if answer := next(filter(test, answers), ""):
                 self._found(id, row, answer)
-        self.profile["opening"][traits.opening(answers[0])] += 1
-        self.profile["format"][shape := traits.form(answers[-1])] += 1
+        self._count("opening", traits.opening(answers[0]))
+        self._count("format", shape := traits.form(answers[-1]))
         unended = next((a for a in answers if not traits.ends(a) and not traits.is_short(a)), None)
         if shape == "prose":
             self.ended += unended is None
             self.unended += unended is not None
         if unended is not None and (shape == "prose" or unended.count("```") % 2):
             self._found("unended", row, f"…{unended.rstrip()[-60:]}")
+
+    def _count(self, name: str, value: str) -> None:
+        """One more of a value; rare ones are counted together once there are too many of them to keep."""
+        counts = self.profile[name]
+        counts[value] += 1
+        if len(counts) > COUNTED:
+            self.profile[name] = kept = Counter(dict(counts.most_common(COUNTED // 2)))
+            kept[OTHERS] += counts.total() - kept.total()
 
     # --- rows held out ---------------------------------------------------------------------------------------------
 
@@ -271,7 +281,7 @@ class _Auditor:
             for id, t in self.tallies.items()
             if t.count
         ]
-        profile = {name: dict(counts.most_common(20)) for name, counts in self._known_profile().items()}
+        profile = {name: self._commonest(name, counts) for name, counts in self._known_profile().items()}
         return Audit(dict(self.ledger), held_out, self.lengths, profile, findings, list(self.renderer.notes))
 
     def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
@@ -288,8 +298,16 @@ class _Auditor:
             if (leader := int(leaders[number])) < trained:
                 self.places.leaks.setdefault(number, (what, leader))
 
+    def _commonest(self, name: str, counts: Counter[str]) -> dict[str, int]:
+        """The commonest of what is counted, and the others together, so that shares are those of all rows."""
+        shown = dict(counts.most_common(SHOWN))
+        others = self.profile[name].total() - sum(shown.values())
+        return shown | {OTHERS: others} if others else shown
+
     def _known_profile(self) -> dict[str, Counter[str]]:
         known = {name: Counter(counts) for name, counts in self.profile.items()}
+        for counts in known.values():
+            del counts[OTHERS]
         del known["opening"][""]
         if len(known["category"]) == 1:
             del known["category"][""]

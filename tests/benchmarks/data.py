@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,12 @@ from pathlib import Path
 
 from tests.tiny import write_llama
 
+CHECK = """
+import resource, sys
+from mlxsft.cli import call
+call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real"
 
 
@@ -102,10 +107,10 @@ def render(model: Path, rows: Path) -> dict[str, object]:
 def check(model: Path, rows: Path) -> dict[str, object]:
     """Seconds and peak resident bytes of `mlxsft data check` in a process of its own."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "mlxsft", "data", "check", str(rows), "--model", str(model), "--json"]
-    ran = subprocess.run(command, capture_output=True, check=True)
+    command = ["data", "check", str(rows), "--model", str(model), "--json"]
+    ran = subprocess.run([sys.executable, "-c", CHECK, *command], capture_output=True, check=True)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = int(ran.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     findings = {f["id"]: f["count"] for f in json.loads(ran.stdout)["findings"]}
     return {
         "seconds": round(seconds, 1),
