@@ -5,7 +5,6 @@ Every row is read once. What is kept of it is numbers and a few words: fingerpri
 
 from __future__ import annotations
 
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxsft.data import patterns, traits
+from mlxsft.data.alphabet import Alphabet
 from mlxsft.data.duplicates import Texts, fingerprint, groups
 from mlxsft.data.findings import KINDS, Finding, Tally, shortened
 from mlxsft.data.formats import Conversation, read_conversations
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 Rows = Iterable[Conversation | LeftOut]
 Watch = Callable[[Rows, Sequence[Path]], Rows]  # what shows progress while the rows of some files go by
 
+OTHERS = "(others)"  # what a profile calls all that it does not name
+SHOWN, COUNTED = 20, 50_000  # what a profile names, and what it counts one by one on the way
 ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
+ALIKE_FROM = 16  # tokens from which answers of one length say something; labels are alike by nature
 _REASONS = {  # of the ledger, and the finding that explains them
     "special token": "special-tokens",
     "refused by the template": "template",
@@ -97,7 +100,7 @@ def check(
         return watch(rows, whole_files(given, split))
 
     held = {name: read(name, given) for name, given in (held_out or {}).items()}
-    auditor = _Auditor(data, renderer)
+    auditor = _Auditor(data, renderer, compares=bool(held))
     for row, made in renderer.rendered(auditor.readable(read("train", sources)), data):
         auditor.add(row, made)
     ledgers = {name: auditor.compare(name, rows) for name, rows in held.items()}
@@ -111,18 +114,21 @@ _SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "
 class _Auditor:
     """Takes rows one by one; `result` closes the books."""
 
-    def __init__(self, data: DataRecipe, renderer: Renderer) -> None:
+    def __init__(self, data: DataRecipe, renderer: Renderer, *, compares: bool) -> None:
         self.data, self.renderer = data, renderer
         self.ledger = Counter({"read": 0, "usable": 0})
         self.tallies = {id: Tally() for id in KINDS}
+        self.languages: dict[str, Tally] = {}
         self.details: dict[str, str] = {}
         self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
         self.profile: dict[str, Counter[str]] = {n: Counter() for n in ("language", "format", "opening", "category")}
-        self.whole, self.asked = Texts(), Texts()  # of training rows, and of held-out ones behind them
+        self.whole = Texts()  # training rows, and held-out ones behind them
+        self.asked = Texts() if compares else None  # their prompts, which only held-out rows are compared with
         self.places = _Places()
         self.rows_seen: dict[int, int] = {}  # fingerprint of a row → its number among the texts
-        self.answer_to: dict[int, tuple[int, int]] = {}  # fingerprint of a prompt → of its first answer, its number
-        self.alphabet = _Alphabet(renderer)
+        self.asked_in: dict[int, int] = {}  # fingerprint of a prompt → number of the first text that asks it
+        self.told = array("Q")  # fingerprint of the answer of each text
+        self.alphabet = Alphabet(renderer.tokenizer)
         self.ended = self.unended = 0
 
     # --- rows to train on ------------------------------------------------------------------------------------------
@@ -147,7 +153,11 @@ class _Auditor:
         key = _fingerprint(row)
         if key in self.rows_seen:
             self.ledger["duplicate"] += 1
-            self._found("duplicates", row, f"as {self.places[self.rows_seen[key]]}: {_asked(row) or _told(row)}")
+            self._found(
+                "duplicates",
+                row,
+                f"as {self.places.beside(self.rows_seen[key], row.origin.file)}: {_asked(row) or _told(row)}",
+            )
             return
         self.rows_seen[key] = len(self.whole)
         self.ledger["usable"] += 1
@@ -183,19 +193,24 @@ class _Auditor:
             self.lengths[name].add(length)
         if note := next((e.note for e in examples if e.note in _SHORTENED), None):
             self._found("too-long", row, note)
-        self.profile["category"][row.category] += 1
+        self._count("category", row.category)
 
     def _remember(self, row: Conversation) -> None:
         asked, told = _asked(row), _told(row)
-        number = self.whole.add(f"{asked}\n{told}")
-        self.asked.add(asked)
-        self.places.add(row.origin.file, row.origin.line, asked or told)
+        number = self._number(row, asked, told)
+        self.told.append(fingerprint(normalise(told)) if asked else 0)
         if not asked:
             return
-        key, answer = fingerprint(normalise(asked)), fingerprint(normalise(told))
-        first, other = self.answer_to.setdefault(key, (answer, number))
-        if first != answer:
-            self._found("conflicting-answers", row, f"as {self.places[other]}: {asked}")
+        other = self.asked_in.setdefault(fingerprint(normalise(asked)), number)
+        if self.told[other] != self.told[number]:
+            self._found("conflicting-answers", row, f"as {self.places.beside(other, row.origin.file)}: {asked}")
+
+    def _number(self, row: Conversation, asked: str, told: str) -> int:
+        """The number of a row among those that are compared."""
+        if self.asked is not None:
+            self.asked.add(asked)
+        self.places.add(row.origin.file, row.origin.line, asked or told)
+        return self.whole.add(f"{asked}\n{told}")
 
     def _judge_answers(self, row: Conversation) -> None:
         answers = [turn.content for turn in row.turns if turn.role == "assistant" and turn.content.strip()]
@@ -203,20 +218,31 @@ class _Auditor:
         if lost := self.alphabet.lost("".join(texts)):
             self._found("lost-text", row, f"{lost}: {texts[0]}")
         if texts:
-            self.profile["language"][traits.language("\n".join(texts)) or "not told"] += 1
+            language = traits.language("\n".join(texts))
+            self._count("language", language or "not told")
+            if language:
+                self.languages.setdefault(language, Tally()).add(row.origin, f"{language}: {texts[0]}")
         if not answers:
             return
         for id, test in (("short-answers", traits.is_short), ("refusals", traits.is_refusal)):
             if answer := next(filter(test, answers), ""):
                 self._found(id, row, answer)
-        self.profile["opening"][traits.opening(answers[0])] += 1
-        self.profile["format"][shape := traits.form(answers[-1])] += 1
+        self._count("opening", traits.opening(answers[0]))
+        self._count("format", shape := traits.form(answers[-1]))
         unended = next((a for a in answers if not traits.ends(a) and not traits.is_short(a)), None)
         if shape == "prose":
             self.ended += unended is None
             self.unended += unended is not None
         if unended is not None and (shape == "prose" or unended.count("```") % 2):
             self._found("unended", row, f"…{unended.rstrip()[-60:]}")
+
+    def _count(self, name: str, value: str) -> None:
+        """One more of a value; rare ones are counted together once there are too many of them to keep."""
+        counts = self.profile[name]
+        counts[value] += 1
+        if len(counts) > COUNTED:
+            self.profile[name] = kept = Counter(dict(counts.most_common(COUNTED // 2)))
+            kept[OTHERS] += counts.total() - kept.total()
 
     # --- rows held out ---------------------------------------------------------------------------------------------
 
@@ -230,15 +256,13 @@ class _Auditor:
                 continue
             ledger["compared"] += 1
             asked, told = _asked(row), _told(row)
-            number = self.whole.add(f"{asked}\n{told}")
-            self.asked.add(asked)
-            self.places.add(row.origin.file, row.origin.line, asked or told)
+            number = self._number(row, asked, told)
             copy = self.rows_seen.get(_fingerprint(row))
-            same = self.answer_to.get(fingerprint(normalise(asked))) if asked else None
+            same = self.asked_in.get(fingerprint(normalise(asked))) if asked else None
             if copy is not None:
                 self.places.leaks[number] = ("an exact copy of", copy)
             elif same is not None:
-                self.places.leaks[number] = ("the prompt of", same[1])
+                self.places.leaks[number] = ("the prompt of", same)
         return dict(ledger)
 
     # --- closing the books -----------------------------------------------------------------------------------------
@@ -247,7 +271,7 @@ class _Auditor:
         trained = self.ledger["usable"]
         pairs = self.whole.pairs()
         self._near_duplicates(pairs, trained)
-        if held_out:
+        if self.asked is not None:
             for what, found in (("nearly", pairs), ("nearly the prompt of", self.asked.pairs())):
                 self._near_leaks(what, found, trained)
             for number in sorted(self.places.leaks):
@@ -261,13 +285,14 @@ class _Auditor:
             for id, t in self.tallies.items()
             if t.count
         ]
-        profile = {name: dict(counts.most_common(20)) for name, counts in self._known_profile().items()}
+        profile = {name: self._commonest(name, counts) for name, counts in self._known_profile().items()}
         return Audit(dict(self.ledger), held_out, self.lengths, profile, findings, list(self.renderer.notes))
 
     def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
         leaders = groups(trained, ((a, b) for a, b in pairs if b < trained))
         for number in np.flatnonzero(leaders != np.arange(trained)).tolist():
-            words = f"nearly {self.places[int(leaders[number])]}: {self.places.excerpt(number)}"
+            other = self.places.beside(int(leaders[number]), self.places.file(number))
+            words = f"nearly {other}: {self.places.excerpt(number)}"
             self.tallies["near-duplicates"].add(self.places[number], words)
 
     def _near_leaks(self, what: str, pairs: list[tuple[int, int]], trained: int) -> None:
@@ -277,8 +302,16 @@ class _Auditor:
             if (leader := int(leaders[number])) < trained:
                 self.places.leaks.setdefault(number, (what, leader))
 
+    def _commonest(self, name: str, counts: Counter[str]) -> dict[str, int]:
+        """The commonest of what is counted, and the others together, so that shares are those of all rows."""
+        shown = dict(counts.most_common(SHOWN))
+        others = self.profile[name].total() - sum(shown.values())
+        return shown | {OTHERS: others} if others else shown
+
     def _known_profile(self) -> dict[str, Counter[str]]:
         known = {name: Counter(counts) for name, counts in self.profile.items()}
+        for counts in known.values():
+            del counts[OTHERS]
         del known["opening"][""]
         if len(known["category"]) == 1:
             del known["category"][""]
@@ -288,15 +321,20 @@ class _Auditor:
         """Findings that only the whole set shows: they name no single row."""
         answers = self.profile["format"].total()
         profile = self._known_profile()
-        for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.95)):
+        for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.8)):
             top = profile.get(name, Counter()).most_common(1)
-            if answers >= ENOUGH and top and top[0][1] >= most * answers:
+            if answers >= ENOUGH and top and top[0][1] >= most * answers and top[0][0] != "prose":
                 self._whole(id, top[0][1], f"{top[0][0]!r} in {top[0][1] / answers:.0%} of the answers")
-        languages = Counter({n: c for n, c in self.profile["language"].items() if n != "not told"})
-        if len(languages) > 1:
-            (main, count), *others = languages.most_common()
-            rest = ", ".join(f"{name} {n:,}" for name, n in others[:6])
-            self._whole("languages", languages.total() - count, f"mostly {main} ({count:,}); also {rest}")
+        if answers >= ENOUGH and not self.tallies["answer-format"].count:
+            low, high = self.lengths["response"].middle(0.9)
+            if low >= ALIKE_FROM and high <= 1.2 * low:
+                self._whole("answer-format", round(0.9 * answers), f"nine in ten answers take {low} to {high} tokens")
+        if len(self.languages) > 1:
+            (main, mostly), *others = sorted(self.languages.items(), key=lambda item: -item[1].count)
+            rest = ", ".join(f"{name} {tally.count:,}" for name, tally in others[:6])
+            detail = f"mostly {main} ({mostly.count:,}); also {rest}"
+            self._whole("languages", sum(tally.count for _, tally in others), detail)
+            self.tallies["languages"].examples += [shown for _, tally in others for shown in tally.examples][:3]
         classes = profile.get("category", Counter())
         small = {n: c for n, c in classes.items() if n and c * 10 * len(classes) < classes.total()}
         if small:
@@ -330,32 +368,17 @@ class _Places:
         self._ends.append(len(self._words))
 
     def __getitem__(self, number: int) -> str:
-        return f"{list(self._files)[self._file[number]]}:{self._line[number]}"
+        return f"{self.file(number)}:{self._line[number]}"
+
+    def file(self, number: int) -> str:
+        return list(self._files)[self._file[number]]
+
+    def beside(self, number: int, file: str) -> str:
+        """The place as it is told beside another one in `file`."""
+        return f"line {self._line[number]}" if self.file(number) == file else self[number]
 
     def excerpt(self, number: int) -> str:
         return self._words[self._ends[number] : self._ends[number + 1]].decode("utf-8")
-
-
-class _Alphabet:
-    """Which characters come back out of the tokenizer; each is tried once, when it is met first."""
-
-    def __init__(self, renderer: Renderer) -> None:
-        self._tokenizer = renderer.tokenizer
-        self._good: set[str] = set()
-        self.bad: set[str] = set()
-
-    def lost(self, text: str) -> str:
-        """The characters of this text that do not come back, each once."""
-        letters = set(text)
-        for letter in letters - self._good - self.bad:
-            (self._good if self._returns(letter) else self.bad).add(letter)
-        return "".join(sorted(letters & self.bad))[:20] if self.bad else ""
-
-    def _returns(self, letter: str) -> bool:
-        back = self._tokenizer.decode(self._tokenizer.encode(self._tokenizer.fence(letter)))
-        # Tokenizers that normalise write the same character in another way; white space and controls are no text.
-        same = unicodedata.normalize("NFKC", letter).strip()
-        return same in unicodedata.normalize("NFKC", back) or unicodedata.category(letter) in ("Cc", "Cf", "Mn")
 
 
 def _answers_from(row: Conversation) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from html import escape
 from pathlib import Path
 
@@ -18,9 +19,10 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--dim:#98a2ad;--bg:#14181c;--card:#1c2127;--line:#2f363d;
 --bar:#7aa5f5;--error:#ff7b7f;--warning:#efb04c;--note:#79b8ee}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;
-margin:2.2rem 0 .7rem}.dim{color:var(--dim)}.card{background:var(--card);border:1px solid var(--line);
-border-radius:10px;padding:1rem 1.2rem;margin-bottom:.8rem}.grid{display:grid;gap:.8rem;
+main{max-width:62rem;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.5rem;margin:0;
+overflow-wrap:anywhere}h2{font-size:1.1rem;margin:2.2rem 0 .7rem}
+.dim{color:var(--dim)}.card{background:var(--card);border:1px solid var(--line);
+border-radius:10px;padding:1rem 1.2rem;margin-bottom:.8rem}.grid{display:grid;gap:.8rem;align-items:start;
 grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}.grid .card{margin:0}.row{display:flex;gap:.6rem;
 justify-content:space-between}.num{font-variant-numeric:tabular-nums;white-space:nowrap}
 .track{height:6px;border-radius:3px;background:var(--line);margin:.15rem 0 .5rem}.track i{display:block;height:6px;
@@ -28,7 +30,10 @@ border-radius:3px;background:var(--bar)}h3{font-size:1rem;margin:0}.finding{bord
 .error{--c:var(--error)}.warning{--c:var(--warning)}.note{--c:var(--note)}.tag{color:var(--c);font-weight:600;
 font-size:.75rem;text-transform:uppercase;letter-spacing:.05em}table{border-collapse:collapse;width:100%;
 margin:.6rem 0}td{padding:.25rem .8rem .25rem 0;vertical-align:top;border-top:1px solid var(--line);
-overflow-wrap:anywhere}td.place{font:13px/1.6 ui-monospace,monospace;color:var(--dim);width:16rem}
+overflow-wrap:anywhere}td.place{font:13px/1.7 ui-monospace,monospace;color:var(--dim);width:1%;white-space:nowrap}
+code{font:.9em ui-monospace,monospace;background:var(--bg);border-radius:4px;padding:.1em .3em}
+@media(max-width:40rem){td{display:block;padding:0 0 .25rem}td.place{border-top:1px solid var(--line);width:auto;
+padding-top:.25rem}td.place+td{border-top:0}}
 dl{display:grid;grid-template-columns:repeat(5,auto);gap:0 .8rem;margin:.5rem 0 0}dt{grid-row:1;color:var(--dim);
 font-size:.8rem}dd{margin:0;grid-row:2;font-variant-numeric:tabular-nums}svg{width:100%;height:auto;display:block}
 svg rect{fill:var(--bar)}svg text{fill:var(--dim);font:11px system-ui,sans-serif}p{margin:.3rem 0}
@@ -129,12 +134,14 @@ def _svg(lengths: Lengths) -> str:
 def _finding(finding: Finding) -> str:
     kind = finding.kind
     rows = "".join(
-        f'<tr><td class="place">{escape(e.place)}</td><td>{escape(e.excerpt)}</td></tr>' for e in finding.examples
+        f'<tr><td class="place" title="{escape(e.place)}">{escape(os.path.basename(e.place))}</td>'
+        f"<td>{escape(e.excerpt)}</td></tr>"
+        for e in finding.examples
     )
+    advice = re.sub("`([^`]+)`", r"<code>\1</code>", escape(kind.advice))
     detail = f"<p>{escape(finding.detail)}</p>" if finding.detail else ""
     return (
         f'<div class="card finding {kind.severity}"><div class="row"><div><span class="tag">{kind.severity}</span>'
         f'<h3>{escape(kind.title)}</h3></div><div class="num">{finding.count:,} · {share(finding.share)}</div></div>'
-        f"{detail}<table>{rows}</table><p>{escape(kind.advice)} "
-        f'<span class="dim">{escape(finding.id)}</span></p></div>'
+        f'{detail}<table>{rows}</table><p>{advice} <span class="dim">{escape(finding.id)}</span></p></div>'
     )

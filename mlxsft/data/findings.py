@@ -56,7 +56,9 @@ class Tally:
 
 def shortened(text: str, width: int = 100) -> str:
     """The beginning of a text on one line, without what steers a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * width]).split())
+    line = " ".join(text[: 4 * width].split())
+    if not line.isprintable():
+        line = " ".join("".join(c if c.isprintable() else " " for c in line).split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
@@ -79,7 +81,9 @@ KINDS: Mapping[str, Kind] = {
         "Take them out, or set data.special_tokens: escape trains them as ordinary text.",
     ),
     "template": Kind(
-        "Rows that the chat template refuses", "error", "Reorder or merge their turns, or name another data.template."
+        "Rows that the chat template refuses",
+        "error",
+        "Name a data.template that takes them (tools, roles), or reorder or merge their turns.",
     ),
     "lost-text": Kind(
         "Text that the tokenizer loses",
@@ -100,13 +104,15 @@ KINDS: Mapping[str, Kind] = {
     "conflicting-answers": Kind(
         "Equal prompts with different answers",
         "warning",
-        "Wanted for variety; otherwise keep the best answer, since the model learns the mixture.",
+        "Fine where variety is wanted; otherwise keep the best answer, since the model learns the mixture.",
     ),
     "too-long": Kind(
         "Rows over max_tokens", "warning", "Raise data.max_tokens, shorten the rows, or choose with data.too_long."
     ),
     "empty": Kind("Rows without a text to train or to ask", "warning", "Complete them or take them out."),
-    "unanswered": Kind("Rows in which nothing is trained", "warning", "They are left out; see the reasons above."),
+    "unanswered": Kind(
+        "Rows in which nothing is trained", "warning", "They are left out: complete them, or train without them."
+    ),
     "short-answers": Kind(
         "Answers of one word or none", "warning", "Fine for classification; otherwise they teach curtness."
     ),
@@ -120,7 +126,9 @@ KINDS: Mapping[str, Kind] = {
         "One opening phrase dominates", "warning", "Vary how answers begin, or the model opens every answer this way."
     ),
     "answer-format": Kind(
-        "One answer format dominates", "warning", "Add answers in other forms, or the model knows only this one."
+        "One answer format or length dominates",
+        "warning",
+        "Fine where that is the task; otherwise add answers of other kinds, or the model knows only this one.",
     ),
     "languages": Kind("Rows outside the main language", "note", "Check that they are meant to be there."),
     "class-balance": Kind(

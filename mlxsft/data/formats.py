@@ -217,9 +217,14 @@ COLUMNS = ("prompt", "response", "instruction", "output", "messages", "conversat
 def _format_of(row: Row, name: str) -> _Format:
     """The named format, or for `auto` the first that the keys of the row fit."""
     candidates = list(FORMATS) if name == "auto" else [name]
-    fitting = [FORMATS[candidate] for candidate in candidates if FORMATS[candidate].fits(row)]
-    if fitting:
-        return next((format for format in fitting if format.says_something(row)), fitting[0])
+    silent = None
+    for format in map(FORMATS.__getitem__, candidates):
+        if format.fits(row):
+            if format.says_something(row):
+                return format
+            silent = silent or format
+    if silent is not None:
+        return silent
     keys = ", ".join(shown(key)[1:-1] for key in list(row)[:10]) + (", ..." if len(row) > 10 else "")
     known = "; ".join(f"{candidate} ({FORMATS[candidate].looks})" for candidate in candidates)
     detail = f"keys {keys or '(none)'} are none of the known formats: {known}"

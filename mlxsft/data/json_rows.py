@@ -1,78 +1,93 @@
-"""JSON text → values, each with the line on which it begins: a row a line, an array, or one object with an array."""
+"""JSON files → rows, each with the line on which it begins: a row a line, an array, or one object with an array.
+
+Whatever the layout, rows come as the file is read; only a file that is a single row is held whole.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from mlxsft.data.json_text import SPACE, Broken, JsonReader, JsonText, Row, not_utf8
 from mlxsft.data.places import LeftOut, Origin
 
-Rows = Iterator[tuple[Origin, object] | LeftOut]
+Rows = Iterator[Row]
 WRAPPERS = ("data", "train", "rows", "examples")  # what publishers call the one array in a file that is an object
-_SPACE = " \t\r\n"  # what JSON calls white space
-_LINE_SPACE = _SPACE.encode()
+_LINE_SPACE = SPACE.encode()
+_LONG_LINE = 1 << 24  # bytes; of a longer first line no more is read to find out what the file is
 
 
 def json_rows(file: Path, stream: IO[bytes]) -> Rows:
-    """The rows of one file; its content decides between an array, one object over many lines, and lines.
-
-    Lines are read one at a time. Anything else is held whole: JSON says where it ends only at its end.
-    """
+    """The rows of one file; its content decides between an array, one object over many lines, and lines."""
     start = len(codecs.BOM_UTF8) if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    layout = _layout(str(file), stream, start)
     stream.seek(start)
-    first = next((line for line in stream if line.strip(_LINE_SPACE)), b"").strip(_LINE_SPACE)
+    if layout == "lines":
+        yield from _line_rows(str(file), stream)
+    elif layout == "object":
+        yield from _line_rows(str(file), [stream.read().rstrip(_LINE_SPACE)])
+    else:
+        text = JsonText(str(file), stream)
+        try:
+            yield from _array_rows(text) if layout == "array" else _wrapped_rows(text)
+        except Broken as broken:
+            yield broken.row
+
+
+def _layout(file: str, stream: IO[bytes], start: int) -> str:
+    """`array`, `wrapped` for one object with an array of rows, `object` for one that is a row itself, or `lines`."""
     stream.seek(start)
-    if first.startswith(b"["):
-        yield from _array_rows(str(file), stream.read())
-        return
-    if first.startswith(b"{") and (_stops_early(first) or _wrapped_array(first.decode()) is not None):
-        text = stream.read()
-        stream.seek(start)
-        if not _stops_early(text):
-            yield from _whole_object(str(file), text)
-            return
-    yield from _line_rows(str(file), stream)
+    first = b"\n"
+    while first and not first.strip(_LINE_SPACE):
+        first = stream.readline(_LONG_LINE)
+    if first.lstrip(_LINE_SPACE).startswith(b"["):
+        return "array"
+    if not first.lstrip(_LINE_SPACE).startswith(b"{"):
+        return "lines"
+    # A line that is an object is the whole file or the first of many rows; one that is none goes on behind it.
+    if (len(first) == _LONG_LINE or _is_json(first)) and _lines_follow(first, stream):
+        return "lines"
+    stream.seek(start)
+    text = JsonText(file, stream)
+    try:
+        for name in _members(text):
+            if name in WRAPPERS and text.takes("["):
+                if text.peek() in ("{", "]"):
+                    return "wrapped"
+                for _ in _elements(text):
+                    pass
+            else:
+                text.value()
+        text.expect("", "nothing more is expected")
+    except Broken:
+        return "lines"
+    return "object"
 
 
-def _whole_object(file: str, data: bytes) -> Rows:
-    """The rows of a file that is one object: those of the array it wraps, or itself as the only one."""
-    start = _wrapped_array(data.decode("utf-8", errors="replace"))
-    yield from _line_rows(file, [data.rstrip(_LINE_SPACE)]) if start is None else _array_rows(file, data, start)
-
-
-def _wrapped_array(text: str) -> int | None:
-    """Where the array of objects begins that stands under one of WRAPPERS, in a text that is one JSON object."""
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, _skip_space(text, 0) + 1)
-    while text[position] != "}":
-        name, position = decoder.raw_decode(text, position)
-        position = _skip_space(text, _skip_space(text, position) + 1)
-        begins = position
-        value, position = decoder.raw_decode(text, position)
-        if name in WRAPPERS and isinstance(value, list) and all(isinstance(row, dict) for row in value):
-            return begins
-        position = _skip_space(text, position)
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    return None
-
-
-def _stops_early(data: bytes) -> bool:
-    """Whether this is not one whole JSON value, such as the first line of an object written over many lines."""
+def _is_json(data: bytes) -> bool:
     try:
         json.loads(data)
     except (ValueError, RecursionError):
-        return True
+        return False
+    return True
+
+
+def _lines_follow(part: bytes, stream: IO[bytes]) -> bool:
+    """Whether something stands behind the line of which `part` has been read."""
+    while part and not part.endswith(b"\n"):
+        part = stream.readline(_LONG_LINE)
+    while part := stream.readline(_LONG_LINE):
+        if part.strip(_LINE_SPACE):
+            return True
     return False
 
 
 def _line_rows(file: str, lines: Iterable[bytes]) -> Rows:
     """One row a line; what is wrong with one line does not touch the next."""
-    reader = _JsonReader(file)
+    reader = JsonReader(file)
     for number, raw in enumerate(lines, start=1):
         if not raw.strip(_LINE_SPACE):
             continue
@@ -80,55 +95,11 @@ def _line_rows(file: str, lines: Iterable[bytes]) -> Rows:
         if isinstance(text, LeftOut):
             yield text
             continue
-        start = _skip_space(text, 0)
+        start = len(text) - len(text.lstrip(SPACE))
         row, end = reader.value(text, start, line=number + text.count("\n", 0, start), first_line=number)
         if end is not None and end < len(text):
             row = LeftOut(Origin(file, number), "bad JSON", "more text after the row", broken=True, column=end + 1)
         yield row
-
-
-def _array_rows(file: str, data: bytes, start: int | None = None) -> Rows:
-    """One row an element, each with the line on which it begins; a syntax error ends the file.
-
-    `start` is where the array begins inside an object, whose other members are no rows.
-    """
-    text = _decoded(data, Origin(file, 1))
-    if isinstance(text, LeftOut):
-        yield text
-        return
-    reader = _JsonReader(file)
-    position = _skip_space(text, (_skip_space(text, 0) if start is None else start) + 1)
-    line, counted = 1, 0
-    closed = text.startswith("]", position)
-    if closed:
-        position = _skip_space(text, position + 1)
-    while not closed:
-        line, counted = line + text.count("\n", counted, position), position
-        row, end = reader.value(text, position, line=line, first_line=1)
-        yield row
-        if end is None:
-            return
-        position = _skip_space(text, end)
-        if not text.startswith((",", "]"), position):
-            yield _syntax_error(file, text, position, "expected a comma or the end of the array")
-            return
-        closed = text[position] == "]"
-        position = _skip_space(text, position + 1)
-    if position < len(text) and start is None:
-        yield _syntax_error(file, text, position, "more text after the array")
-
-
-def _syntax_error(file: str, text: str, position: int, what: str) -> LeftOut:
-    """The broken row for an error between the elements of an array, after which nothing more is read."""
-    error = json.JSONDecodeError(what, text, position)
-    detail = f"{what}; nothing after it is read"
-    return LeftOut(Origin(file, error.lineno), "bad JSON", detail, broken=True, column=error.colno)
-
-
-def _skip_space(text: str, start: int) -> int:
-    while start < len(text) and text[start] in _SPACE:
-        start += 1
-    return start
 
 
 def _decoded(data: bytes, origin: Origin) -> str | LeftOut:
@@ -137,54 +108,50 @@ def _decoded(data: bytes, origin: Origin) -> str | LeftOut:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         before = data[: error.start]
-        line = origin.line + before.count(b"\n")
         place = error.start - before.rfind(b"\n")
-        detail = f"byte {place} of the line is 0x{data[error.start]:02x}; save the file as UTF-8"
-        return LeftOut(Origin(origin.file, line), "not UTF-8", detail, broken=True)
+        return not_utf8(Origin(origin.file, origin.line + before.count(b"\n")), place, data[error.start])
 
 
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+def _array_rows(text: JsonText) -> Rows:
+    """One row an element; a syntax error ends the file."""
+    text.expect("[", "expected an array")
+    yield from _elements(text)
+    text.expect("", "more text after the array")
 
 
-class _JsonReader:
-    """Strict JSON, value by value: refuses NaN and Infinity, half characters and nesting without end."""
-
-    def __init__(self, file: str) -> None:
-        self._file = file
-        self._constants: list[str] = []  # collected, not raised, so that an array can be read on
-        self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
-
-    def value(
-        self, text: str, start: int, *, line: int, first_line: int
-    ) -> tuple[tuple[Origin, object] | LeftOut, int | None]:
-        """The value at `start`, on `line`, and where it ends; no end when that cannot be known.
-
-        `first_line` is the line on which `text` begins.
-        """
-        origin = Origin(self._file, line)
-        self._constants.clear()
-        try:
-            value, end = self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            place = Origin(self._file, first_line + error.lineno - 1)
-            return LeftOut(place, "bad JSON", error.msg, broken=True, column=error.colno), None
-        except RecursionError:
-            return LeftOut(origin, "bad JSON", "nested too deeply", broken=True), None
-        except ValueError as error:  # an integer of more than 4,300 digits
-            return LeftOut(origin, "bad JSON", str(error), broken=True), None
-        if self._constants:
-            detail = f"{self._constants[0]} is not JSON; write a text or null"
-            return LeftOut(origin, "bad JSON", detail, broken=True), end
-        if _HALF_CHARACTER.search(text, start, end) and (half := _half_character(value)):
-            detail = f"{half} is half of a character and its other half is missing"
-            return LeftOut(origin, "unpaired surrogate", detail, broken=True), end
-        return (origin, value), end
+def _wrapped_rows(text: JsonText) -> Rows:
+    """The elements of the array of objects under one of WRAPPERS; the other members are no rows."""
+    found = False
+    for name in _members(text):
+        if not found and name in WRAPPERS and text.takes("["):
+            found = text.peek() in ("{", "]")
+            for row in _elements(text):
+                if found:
+                    yield row
+        else:
+            text.value()
+    text.expect("", "more text after the object")
 
 
-def _half_character(value: object) -> str:
-    """The escape of a surrogate that stands alone somewhere in the value, or nothing."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(error.object[error.start]):04x}"
-    return ""
+def _elements(text: JsonText) -> Rows:
+    """The values of an array, from behind its bracket to behind its end."""
+    if text.takes("]"):
+        return
+    yield text.value()
+    while text.takes(","):
+        yield text.value()
+    text.expect("]", "expected a comma or the end of the array")
+
+
+def _members(text: JsonText) -> Iterator[object]:
+    """The names of an object's members, while the text stands at the value of each, which is to be read meanwhile."""
+    text.expect("{", "expected an object")
+    if text.takes("}"):
+        return
+    while True:
+        name = text.value()
+        text.expect(":", "expected a colon")
+        yield name[1] if isinstance(name, tuple) else None
+        if not text.takes(","):
+            break
+    text.expect("}", "expected a comma or the end of the object")

@@ -31,6 +31,14 @@ class Lengths:
             "max": int(values.max()),
         }
 
+    def middle(self, share: float) -> tuple[int, int]:
+        """The shortest and the longest of the given share in the middle; (0, 0) for no lengths."""
+        values = np.frombuffer(self._values, dtype=np.uint32)
+        if not len(values):
+            return 0, 0
+        low, high = np.percentile(values, [50 * (1 - share), 50 * (1 + share)])
+        return int(low), int(np.ceil(high))
+
     def histogram(self, bins: int = BINS) -> list[tuple[int, int, int]]:
         """(from, to, count), both ends included; the last bin takes all above the 99th percentile's neighbourhood."""
         values = np.frombuffer(self._values, dtype=np.uint32).astype(np.int64)

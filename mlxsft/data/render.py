@@ -157,6 +157,8 @@ class Renderer:
     def _fenced(self, turn: Turn) -> Turn:
         """The turn with its spelled-out special tokens marked as the ordinary text that they are."""
         fence = self.tokenizer.fence
+        if not turn.reasoning and not turn.tool_calls and fence(turn.content) == turn.content:
+            return turn
         calls = tuple(ToolCall(fence(c.name), _mapped(c.arguments, fence), c.id) for c in turn.tool_calls)
         return replace(turn, content=fence(turn.content), reasoning=fence(turn.reasoning), tool_calls=calls)
 
@@ -199,7 +201,9 @@ class Renderer:
         note = ONE_A_TURN if len(examples) > 1 else ""
         if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
             note = "a {{placeholder}} is left in the text (data.fill)"
-        return [self._verified(replace(e, note=note)) for e in examples] or [LeftOut(row.origin, "no trained token")]
+        return [self._verified(replace(e, note=note) if note else e) for e in examples] or [
+            LeftOut(row.origin, "no trained token")
+        ]
 
     def _verified(self, example: Example) -> Example | LeftOut:
         """The example, unless it trains nothing or holds an id that the embedding has no row for."""

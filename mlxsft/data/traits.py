@@ -6,6 +6,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
+from itertools import islice
 
 PLACEHOLDER = re.compile(r"\{\{[ \t]*[\w.-]+[ \t]*\}\}")
 _JUDGED = 600  # characters of a text that its language is told from
@@ -13,7 +15,7 @@ _JUDGED = 600  # characters of a text that its language is told from
 
 def opening(answer: str) -> str:
     """The first three words, in lower case; shorter answers have no opening."""
-    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", answer[:200])
+    words = [m[0] for m in islice(_OPENING_WORD.finditer(answer[:200]), 4)]
     return " ".join(words[:3]).casefold() if len(words) > 3 else ""
 
 
@@ -42,11 +44,27 @@ def is_refusal(answer: str) -> bool:
 
 
 def ends(answer: str) -> bool:
-    """Whether the last character closes a sentence, a bracket, a quotation or a fence, and no fence is left open."""
+    """Whether the answer looks whole: what says so is the sign it ends on, or that it is not made of sentences.
+
+    A signature, a number, a hashtag, a phrase, a verse and a row of items end without a full stop. A word that
+    cannot be the last one tells in all of them that something is missing.
+    """
     text = answer.rstrip()
-    if text.count("```") % 2:
+    if not text or text.count("```") % 2:
         return False
-    return bool(text) and (text[-1] in _CLOSING or unicodedata.category(text[-1]) in ("So", "Sk", "Pe", "Pf"))
+    if text[-1] in _CLOSING or unicodedata.category(text[-1]) in ("So", "Sk", "Pe", "Pf"):
+        return True
+    *before, last = [line.strip() for line in _FENCED.sub("", text).splitlines() if line.strip()]
+    words = last.split()
+    if words[-1].casefold() in _NEVER_LAST or text[-1] in ",，、":
+        return False
+    if not text[-1].isalpha() or words[-1].startswith("#") or any(c.isdigit() for c in words[-1]):
+        return True
+    if _SIGNED.search(last) or (before and before[-1].endswith((",", "-")) and len(words) < 7):
+        return True
+    if not before:
+        return len(words) < 12 and not _SENTENCE_END.search(last)
+    return len(before) > 1 and 2 * sum(line[-1] not in _CLOSING for line in before) >= len(before)
 
 
 def language(text: str) -> str:
@@ -64,9 +82,12 @@ def language(text: str) -> str:
     words = re.findall(r"[^\W\d_]+", part.casefold())
     if len(words) < 4:
         return ""
-    scores = {name: sum(w in common for w in words) for name, common in _COMMON_WORDS.items()}
-    first, second = sorted(scores, key=lambda name: -scores[name])[:2]
-    return first if scores[first] >= max(2, len(words) // 12) and scores[first] > scores[second] else ""
+    scores = Counter(name for word in words if word in _LANGUAGES for name in _LANGUAGES[word])
+    (first, most), (_, next_most) = [*scores.most_common(2), ("", 0), ("", 0)][:2]
+    if most < max(2, len(words) // 12) or most == next_most:
+        return ""
+    different = {word for word in words if first in _LANGUAGES.get(word, ())}
+    return first if len(different) > 1 else ""  # one word that is repeated tells little: `var` is Turkish
 
 
 def _is_json(text: str) -> bool:
@@ -77,11 +98,13 @@ def _is_json(text: str) -> bool:
     return True
 
 
+@cache
 def _script(character: str) -> str:
     code = ord(character)
     return next((name for low, high, name in _SCRIPTS if low <= code <= high), "")
 
 
+_OPENING_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _ITEM = re.compile(r"\s*(?:[-*•+]|\d{1,3}[.)]|[A-Za-z][.)])\s")
 _DECLINES = re.compile(
     r"(?:(?:i['’]m|i am) (?:very |so |really )?sorry[,.]? (?:but )?"
@@ -101,6 +124,17 @@ _IS_A_MODEL = re.compile(
     re.IGNORECASE,
 )
 _CLOSING = frozenset(".!?…:;)]}>\"'”’»`*_~|。！？；：」』）】।॥؟۔") | frozenset("\N{ZERO WIDTH JOINER}")
+_FENCED = re.compile(r"```.*?```", re.DOTALL)
+_NEVER_LAST = frozenset(
+    ["the", "a", "an", "and", "or", "of", "to", "for", "with", "is", "are", "was", "that", "which", "as", "but", "if"]
+)
+_SENTENCE_END = re.compile(r"[.!?…][\"')\]”’]*\s|[。！？]")
+_SIGNED = re.compile(  # a letter's end on one line, who said a quotation, or the last item of a numbered row
+    r"\b(?i:sincerely|faithfully|truly|respectfully|affectionately|regards|wishes|yours|respect|hope|love|thanks"
+    r"|cheers|luck|anticipation|admiration|gratitude),\s*(?:\S+\s*){1,6}$"
+    r"|[-–—~]\s?[A-Z][\w.'’]*(?:\s+\S+){0,4}$"
+    r"|\b\d{1,3}[.)]\s+(?:\S+\s*){1,8}$"
+)
 _SCRIPTS = (
     (0x41, 0x24F, "Latin"), (0x1E00, 0x1EFF, "Latin"), (0x370, 0x3FF, "Greek"), (0x400, 0x52F, "Cyrillic"),
     (0x530, 0x58F, "Armenian"), (0x590, 0x5FF, "Hebrew"), (0x600, 0x77F, "Arabic"), (0x900, 0x97F, "Devanagari"),
@@ -109,19 +143,20 @@ _SCRIPTS = (
     (0x20000, 0x3134F, "Chinese"),
 )  # fmt: skip
 _COMMON_WORDS = {
-    name: frozenset(words.split())
-    for name, words in {
-        "English": "the of and to in is that it for was on are as with be by at this have from or you not what which "
-        "how i can your a an",
-        "German": "der die das und ist nicht ein eine zu den von mit sich auf für dem des im wie ich es auch wird sind "
-        "was kann",
-        "French": "le la les et est une des du que pour dans qui pas sur au par avec ce il sont je vous plus comment",
-        "Spanish": "el los las y es una que del para con por se su lo como más pero sus al está qué cómo son",
-        "Portuguese": "o os as e é uma que do da para com não por se em no na mais como dos das você são um",
-        "Italian": "il lo gli e è una che di per con non del della sono un in si come nel alla anche più quali",
-        "Dutch": "de het een en van is dat niet op te zijn met voor aan er om ook als bij wat hoe je kan worden",
-        "Polish": "i w na z się nie do to że jest jak po co o od za przez dla czy są oraz może",
-        "Swedish": "och att det som är en av för på med den till inte har de om ett hur kan jag du",
-        "Turkish": "ve bir bu için ile da de ne çok olarak daha nasıl olan gibi en var mi kadar sonra",
-    }.items()
+    "English": "the of and to in is that it for was on are as with be by at this have from or you not what which "
+    "how i can your a an",
+    "German": "der die das und ist nicht ein eine zu den von mit sich auf für dem des im wie ich es auch wird sind "
+    "was kann",
+    "French": "le la les et est une des du que pour dans qui pas sur au par avec ce il sont je vous plus comment",
+    "Spanish": "el los las y es una que del para con por se su lo como más pero sus al está qué cómo son",
+    "Portuguese": "o os as e é uma que do da para com não por se em no na mais como dos das você são um",
+    "Italian": "il lo gli e è una che di per con non del della sono un in si come nel alla anche più quali",
+    "Dutch": "de het een en van is dat niet op te zijn met voor aan er om ook als bij wat hoe je kan worden",
+    "Polish": "i w na z się nie do to że jest jak po co o od za przez dla czy są oraz może",
+    "Swedish": "och att det som är en av för på med den till inte har de om ett hur kan jag du",
+    "Turkish": "ve bir bu için ile da de ne çok olarak daha nasıl olan gibi en var mi kadar sonra",
 }
+_LANGUAGES: dict[str, list[str]] = {}  # by word
+for _name, _words in _COMMON_WORDS.items():
+    for _word in set(_words.split()):
+        _LANGUAGES.setdefault(_word, []).append(_name)

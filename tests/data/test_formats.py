@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxsft.data.formats import FORMATS, Conversation, Turn, conversations_of, raise_for_broken, read_conversations
+from mlxsft.data.json_rows import json_rows
 from mlxsft.data.rows import LeftOut, Origin, read_rows
 from mlxsft.errors import InputRefused, UsageError
 
@@ -323,7 +324,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     assert places(rows) == [None, (2, None, "not UTF-8"), None]
     assert str(rows[1]) == f"{path}:2: not UTF-8: byte 14 of the line is 0xe9; save the file as UTF-8"
     path = written(tmp_path, b'[\n{"text": "a"},\n{"text": "caf\xe9"}]', "rows.json")
-    assert str(read(path)[0]) == f"{path}:3: not UTF-8: byte 14 of the line is 0xe9; save the file as UTF-8"
+    rows = read(path)
+    assert places(rows) == [None, (3, None, "not UTF-8")]
+    assert str(rows[1]) == f"{path}:3: not UTF-8: byte 14 of the line is 0xe9; save the file as UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -361,6 +364,39 @@ def test_any_file_is_rows_or_a_refusal(tmp_path: Path, content: list[str]) -> No
     assert rows
     lines = "".join(content).count("\n") + 1
     assert all(1 <= row.origin.line <= lines for row in rows)
+
+
+TOKENS = [
+    *'[]{},:"\n ',
+    "\r\n",
+    '{"text": "a\u00e9\u20ac"}',
+    '"data"',
+    "-1.5e+10",
+    "NaN",
+    "true",
+    '"\\ud83d\\ude00"',
+    "\ufeff",
+]
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(TOKENS), max_size=12),
+    around=st.sampled_from([("", ""), ("[", "]"), ('{"data": [', "]}"), ('{"v": 1, "rows": [{},', "]}")]),
+    bad=st.sampled_from([b"", b"", b"\xff", b"\xe9"]),
+    chunk=st.integers(1, 9),
+)
+def test_rows_do_not_depend_on_how_much_is_read_at_a_time(
+    tmp_path: Path, parts: list[str], around: tuple[str, str], bad: bytes, chunk: int
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes("".join([around[0], *parts]).encode() + bad + around[1].encode())
+    found = []
+    for size in (chunk, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch, path.open("rb") as stream:
+            patch.setattr("mlxsft.data.json_text._CHUNK", size)
+            found.append([repr(row) for row in json_rows(path, stream)])  # NaN is not equal to itself
+    assert found[0] == found[1]
 
 
 def test_a_folder_stands_for_its_file_of_the_split(tmp_path: Path) -> None:

@@ -182,21 +182,26 @@ def growth(path: Path, count: int) -> int:
     head, row = "", '{{"prompt": "q {}", "completion": "a"}}\n'
     if path.suffix == ".csv":
         head, row = "prompt,completion\n", "q {},a\n"
+    comma, tail = "", ""
+    if path.suffix == ".json":
+        head, comma, tail = '{"version": 1, "data": [\n' if path.stem == "wrapped" else "[\n", ",", "]"
+        tail += "}" if path.stem == "wrapped" else ""
     with path.open("w") as file:
         file.write(head)
-        file.writelines(row.format(i) for i in range(count))
+        file.writelines((comma if i else "") + row.format(i) for i in range(count))
+        file.write(tail)
     ran = subprocess.run([sys.executable, "-c", STREAM, str(path)], capture_output=True, text=True, check=True)
     read, grown = map(int, ran.stdout.split())
     assert read == count
     return grown
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json", "wrapped.json"])
 def test_fifty_thousand_rows_stream(tmp_path: Path, name: str) -> None:
     assert growth(tmp_path / name, 50_000) < 4_000_000
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json", "wrapped.json"])
 def test_a_million_rows_stream(tmp_path: Path, name: str) -> None:
     assert growth(tmp_path / name, 1_000_000) < 4_000_000

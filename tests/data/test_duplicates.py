@@ -1,0 +1,90 @@
+"""Near-duplicates: every similar pair is found, no other is, and memory does not grow with the text."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlxsft.data.duplicates import KEPT_SHINGLES, THRESHOLD, Texts, groups, shingles, similarity
+from tests.benchmarks.data import check, sentences, write_rows
+from tests.tiny import write_llama
+
+
+def edited(rng: np.random.Generator, words: list[str], changes: int) -> str:
+    """The words with some replaced."""
+    words = list(words)
+    for i in rng.choice(len(words), changes, replace=False):
+        words[i] = f"x{rng.integers(1 << 30)}"
+    return " ".join(words)
+
+
+def test_pairs_are_those_of_an_exhaustive_search() -> None:
+    rng = np.random.default_rng(0)
+    texts = Texts()
+    written: list[str] = []
+    for family in range(60):
+        words = [f"w{n}" for n in rng.integers(0, 3000, rng.integers(20, 200))]
+        written += [edited(rng, words, changes) for changes in (0, 1, 2, family % 12)]
+    for number, text in enumerate(written):
+        assert texts.add(text) == number
+    hashes = [shingles(text) for text in written]
+    alike = [(i, j) for i, j in combinations(range(len(written)), 2) if similarity(hashes[i], hashes[j]) >= THRESHOLD]
+    found = texts.pairs()
+    assert 100 < len(found) <= len(alike)
+    assert set(found) <= set(alike)
+    assert groups(len(written), found).tolist() == groups(len(written), alike).tolist()
+
+
+def jaccard(a: str, b: str) -> float:
+    """Of the runs of three words themselves."""
+    first, second = ({tuple(t.split()[i : i + 3]) for i in range(len(t.split()) - 2)} for t in (a, b))
+    return len(first & second) / len(first | second)
+
+
+@pytest.mark.parametrize(("words", "error"), [(60, 1e-9), (200, 1e-9), (3000, 0.06)])
+def test_similarity_is_exact_up_to_what_is_kept_and_near_beyond(words: int, error: float) -> None:
+    rng = np.random.default_rng(words)
+    text = [f"w{n}" for n in rng.integers(0, 1 << 20, words)]
+    for changes in (0, words // 30, words // 10, words // 3):
+        a, b = " ".join(text), edited(rng, text, changes)
+        assert abs(similarity(shingles(a), shingles(b)) - jaccard(a, b)) <= error
+    assert len(shingles(" ".join(text))) <= KEPT_SHINGLES
+
+
+@pytest.mark.parametrize("text", ["Hello, World! It's  me_2.", "", "one", "a-b\tc\nd \x00 e\x7f", "ONE two"])
+def test_words_of_ascii_are_those_of_any_text(text: str) -> None:
+    """The short way for ASCII gives what the long way gives."""
+    assert shingles(text).tolist() == shingles(text.upper()).tolist()
+    assert shingles(f"{text} \u2014").tolist() == shingles(text).tolist()  # a dash is no word
+
+
+def test_groups_are_named_by_their_smallest() -> None:
+    assert groups(6, [(4, 5), (3, 4), (1, 2)]).tolist() == [0, 1, 1, 3, 3, 3]
+
+
+def test_ten_thousand_copies_take_linear_work() -> None:
+    texts = Texts()
+    for _ in range(10_000):
+        texts.add("the very same question about one and the same thing")
+    assert len(texts.pairs()) < 20_000
+    assert not groups(10_000, texts.pairs()).any()
+
+
+def peak_bytes(folder: Path, model: Path, rows: int, *, short: bool) -> int:
+    """What `data check` of so many rows takes at most."""
+    write_rows(folder / "rows.jsonl", rows, sentences(Path()), short=short)
+    found = check(model, folder / "rows.jsonl")
+    assert found["ledger"] == {"read": rows, "usable": rows}
+    return int(str(found["peak_bytes"]))
+
+
+@pytest.mark.long
+def test_memory_grows_by_less_than_a_kilobyte_a_row_and_not_with_the_text(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    few = peak_bytes(tmp_path, model, 20_000, short=True)
+    many = peak_bytes(tmp_path, model, 200_000, short=True)
+    assert many < 1_500_000_000
+    assert many - few < 180_000 * 1000
