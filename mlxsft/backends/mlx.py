@@ -27,8 +27,10 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
+from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import load_checkpoint, make_float32, mlx_lm, parameter_count, target_keys  # noqa: E402
-from mlxsft.backends.mlx_packing import isolation, unusual_cache, why_different  # noqa: E402
+from mlxsft.backends.mlx_packing import unusual_cache, why_different  # noqa: E402
+from mlxsft.backends.mlx_trunk import Trunk, frozen_layers, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
@@ -61,7 +63,7 @@ class MlxBackend:
         self.model.eval()
         self._config: dict[str, Any] = {}
         self._keys = DropoutKeys()
-        self._unpatched: list[tuple[nn.Module, type]] = []  # layers that compute their activations again
+        self._loss_of: Loss | None = None
 
     # ---- adapter
 
@@ -113,16 +115,12 @@ class MlxBackend:
         self._gradient = mx.value_and_grad(self._summed_loss)
         if self._compiled:
             self._gradient = mx.compile(self._gradient)
-        if train.checkpoint_activations and not self._unpatched:
-            self._unpatched = [(layer, compute_again(layer)) for layer in self.model.layers]
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
-        chosen, weights = self._positions(batch)
         key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches))
-        tokens, segments = _arrays(batch)
-        loss, gradient = self._gradient(parameters, key, tokens, segments, chosen, mx.array(weights))
+        loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
         self._set(parameters)  # differentiating leaves its own arrays in the model
         if sums.gradient:
             gradient = {name: sums.gradient[name] + array for name, array in gradient.items()}
@@ -163,9 +161,9 @@ class MlxBackend:
 
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         self._train_mode(False)
-        chosen, weights = self._positions(batch)
         losses = np.zeros(batch.tokens.shape, dtype=np.float32)
-        losses[:, 1:][batch.mask[:, 1:]] = np.array(self._token_losses(*_arrays(batch), chosen))[weights]
+        inputs = self._loss.inputs(batch, few_shapes=False)
+        losses[:, 1:][batch.mask[:, 1:]] = self._loss.each(inputs, self._trunk)
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
@@ -173,40 +171,30 @@ class MlxBackend:
             return f"its layers keep what they have read as a {kind}, which knows nothing of rows in a sequence"
         return why_different(self.losses, packed, padded, self.model)
 
-    def _positions(self, batch: Batch) -> tuple[Any, NDArray[np.bool_]]:
-        """Places in the flattened tokens[:, 1:] that get a loss [N], and which of them count [N].
+    def trunk_layers(self) -> int:
+        return frozen_layers(self._trainable(), self._loss.above_layers)
 
-        All places (None) where the step is compiled, so that a shape of tokens is one shape of the step; else only
-        the trained ones, which on the CPU saves a quarter of a step with a vocabulary of 49 K.
-        """
-        trained = batch.mask[:, 1:].reshape(-1)
-        if self._compiled:
-            return None, trained
-        chosen = np.flatnonzero(trained)
-        return mx.array(chosen.astype(np.int32)), trained[chosen]
+    def trunk(self, batch: Batch) -> NDArray[Any]:
+        self._train_mode(False)
+        return to_numpy(self._loss.trunk_outputs(batch, self._trunk))
 
-    def _token_losses(self, tokens: mx.array, segments: mx.array | None, chosen: mx.array | None) -> mx.array:
-        """Cross-entropy in nats, float32 [N], of the chosen places of tokens[:, 1:]; here alone inputs are shifted."""
-        cache = {} if segments is None else {"cache": isolation(self.model, segments[:, :-1])}
-        logits: mx.array = self.model(tokens[:, :-1], **cache).reshape(tokens[:, 1:].size, -1)
-        targets = tokens[:, 1:].reshape(-1)
-        if chosen is not None:
-            logits, targets = logits[chosen], targets[chosen]
-        losses: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-        return losses
+    @property
+    def _loss(self) -> Loss:
+        """Made when it is first needed: the adapter must be there."""
+        if self._loss_of is None:
+            self._loss_of = Loss(self.model)
+            self.notes += [self._loss_of.note] if self._loss_of.note else []
+        return self._loss_of
 
-    def _summed_loss(
-        self,
-        parameters: dict[str, mx.array],
-        key: mx.array,
-        tokens: mx.array,
-        segments: mx.array | None,
-        chosen: mx.array | None,
-        weights: mx.array,
-    ) -> mx.array:
+    @property
+    def _trunk(self) -> Trunk:
+        return Trunk(self.model, self.trunk_layers())
+
+    def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
         self._keys.value = key
-        return mx.where(weights, self._token_losses(tokens, segments, chosen), 0).sum()
+        again, smoothing = self._recipe.checkpoint_activations, 0.0
+        return self._loss.summed(parameters, Inputs(*inputs), self._trunk, again=again, smoothing=smoothing)
 
     def _train_mode(self, training: bool) -> None:
         if self.model.training != training:
@@ -272,9 +260,6 @@ class MlxBackend:
         return self._base_parameters + trained, trained
 
     def close(self) -> None:
-        for layer, plain in self._unpatched:
-            layer.__class__ = plain
-        self._unpatched = []
         self.model = nn.Module()
         mx.clear_cache()
 
@@ -319,27 +304,6 @@ class KeyedDropout(nn.Module):  # type: ignore[misc]  # MLX comes without types
         return mx.where(mx.random.bernoulli(self._kept, x.shape, key=key), x / self._kept, 0)
 
 
-def compute_again(layer: nn.Module) -> type:
-    """Make this one layer compute its activations again in the backward pass; returns the class to give back to it.
-
-    mlx-lm patches the layer's class, and so every model of the process; here this instance gets a class of its own.
-    """
-    plain = type(layer)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return plain.__call__(self, *args, **kwargs)
-
-        def run(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.update(parameters)
-            return plain.__call__(self, *args, **kwargs)
-
-        return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
-
-    layer.__class__ = type(plain.__name__, (plain,), {"__call__": call})
-    return plain
-
-
 def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     """Log-probabilities [1, V] to token ids [1], with mlx-lm's filters and a random key of its own."""
     filters = mlx_lm("sample_utils")
@@ -374,11 +338,6 @@ def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors) ->
     ]
     if problems:
         raise InputRefused("\n  ".join([f"{what} does not fit this model:", *problems]), "Was it made on another base?")
-
-
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array | None]:
-    """Tokens and segments of a batch, int32 [B, T]."""
-    return mx.array(batch.tokens), None if batch.segments is None else mx.array(batch.segments)
 
 
 def _seed(*words: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,6 +45,7 @@ class Batch:
     tokens: NDArray[np.int32]  # [B, T], padded on the right with id 0
     mask: NDArray[np.bool_]  # [B, T], False on padding
     segments: NDArray[np.int32] | None = None  # [B, T], 1, 2, 3 … from the left, 0 on padding
+    trunk: NDArray[Any] | None = None  # [B, T, D], what the frozen layers give, where that is kept; 0 on padding
 
 
 def epoch_order(lengths: ArrayLike, batch_size: int, *, seed: int, epoch: int) -> list[Rows]:

@@ -235,12 +235,7 @@ def test_activations_computed_again_make_the_same_updates(llama: ModelSource, tr
     run(kept, range(20), rows=4)
     run(again, range(20), rows=4)
     assert largest_difference(kept.adapter_state(), again.adapter_state()) < 1e-6
-    patched, plain = type(again.model.layers[0]), type(other.model.layers[0])
-    assert issubclass(patched, plain)
-    assert patched is not plain
-    layers = list(again.model.layers)
-    again.close()
-    assert {type(layer) for layer in layers} == {plain}
+    assert {type(layer) for layer in again.model.layers} == {type(other.model.layers[0])}
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(trainer: Trainer) -> None:

@@ -1,0 +1,204 @@
+"""The output head on trained positions only, in chunks: logits of a whole batch never exist.
+
+mlx-lm's models apply their head to every position, and some cap or scale the logits afterwards. Here the head's input
+is taken on its way (`Head.hidden`), the trained positions are chosen from it, and the end of the model is called on
+those (`Head.logits`): the whole model is called again, with the chosen positions put in at the head. MLX computes
+nothing before it is needed, so of that second call nothing runs but the head and what follows it, whatever that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mlxsft.backends.blas import load_blas
+
+load_blas()  # before MLX is imported, which would take its own
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_unflatten  # noqa: E402
+
+from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
+from mlxsft.backends.mlx_models import LOADING_ERRORS  # noqa: E402
+
+Arrays = Mapping[str, mx.array]
+
+NAMES = ("lm_head", "output", "embed_out", "head")  # of a head that is no embedding
+CHUNK_BYTES = 64 * 2**20  # of float32 logits; a few times as much is needed around them
+TOLERANCE = 1e-4  # of logits in float32, absolute and relative; other types round
+TRIED = (2, 8)  # rows and tokens of the trial
+
+
+class Head:
+    """The end of a model, from the input of its output matrix to the logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        in_layers = {id(module) for layer in model.layers for module in layer.modules()}
+        heads = {p: m for p, m in model.named_modules() if id(m) not in in_layers and _may_be_head(p, m)}
+        self.prefixes = tuple(f"{path}." for path in heads)
+        outermost = {p: m for p, m in heads.items() if not p.startswith(self.prefixes)}  # not what an adapter wraps
+        self._embeddings = [module for module in outermost.values() if hasattr(module, "as_linear")]
+        self._outputs = [module for module in outermost.values() if not hasattr(module, "as_linear")]
+
+    def set(self, parameters: Arrays) -> None:
+        """Put arrays into the model, under their names in it."""
+        self._model.update(tree_unflatten(list(parameters.items())))
+
+    def hidden(self, tokens: mx.array, **inputs: Any) -> mx.array:
+        """The input of the head [B, T, D] for tokens [B, T]. Raises ValueError where no head was called."""
+        taken: list[mx.array] = []
+
+        def take(plain: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+            taken.append(x)
+            return plain(x)  # for what follows, which is never computed
+
+        with self._called(take):
+            self._model(tokens, **inputs)
+        if len(taken) != 1:
+            raise ValueError(f"its head is called {len(taken)} times")
+        return taken[0]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [N, V] for inputs of the head [N, D]."""
+
+        def put(plain: Callable[[mx.array], mx.array], _: mx.array) -> mx.array:
+            return plain(hidden[None])
+
+        with self._called(put):
+            logits: mx.array = self._model(mx.zeros((1, hidden.shape[0]), dtype=mx.int32))
+        return logits[0]
+
+    def why_not(self) -> str | None:
+        """Why this model's head cannot be called on chosen positions, as a clause; None where it gives equal logits.
+
+        It is asked before anything else.
+        """
+        tokens = mx.arange(TRIED[0] * TRIED[1], dtype=mx.int32).reshape(TRIED)
+        try:
+            expected = self._model(tokens).astype(mx.float32)
+            hidden = self.hidden(tokens)
+            given = self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(expected.shape).astype(mx.float32)
+        except LOADING_ERRORS as error:
+            return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        tolerance = TOLERANCE if hidden.dtype == mx.float32 else 0.02
+        # At least 16, so that the products stay products of matrices.
+        self.chunk_rows = max(16, CHUNK_BYTES // (4 * expected.shape[-1]))
+        if mx.allclose(given, expected, rtol=tolerance, atol=tolerance).item():
+            return None
+        return f"its logits then differ by up to {mx.abs(given - expected).max().item():.2g}"
+
+    @contextmanager
+    def _called(self, instead: Callable[[Callable[[mx.array], mx.array], mx.array], mx.array]) -> Iterator[None]:
+        """Within it, the head's matrix product is `instead(product, input)`."""
+        for embedding in self._embeddings:
+            plain = embedding.as_linear
+            embedding.as_linear = lambda x, plain=plain: instead(plain, x)
+        try:
+            with intercepted(self._outputs, instead):
+                yield
+        finally:
+            for embedding in self._embeddings:
+                del embedding.as_linear
+
+
+def _may_be_head(path: str, module: nn.Module) -> bool:
+    return hasattr(module, "as_linear") or path.rpartition(".")[2] in NAMES
+
+
+def chunked_losses(head: Head, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy in nats, float32 [N], for inputs of the head [N, D], a chunk at a time."""
+    losses: list[mx.array] = []
+    for start in range(0, hidden.shape[0], rows := head.chunk_rows):
+        chunk = hidden[start : start + rows]
+        if losses:
+            chunk = mx.depends([chunk], [losses[-1]])[0]  # one chunk after another, not all in memory
+        losses.append(cross_entropy(head.logits(chunk), targets[start : start + rows]))
+    return mx.concatenate(losses)
+
+
+def summed_loss(
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    parameters: Arrays,
+    *,
+    smoothing: float,
+) -> mx.array:
+    """Σ weight × loss over inputs of the head [N, D]; its gradient is made chunk by chunk together with it.
+
+    `parameters` are those trained ones that the head uses. The loss is the cross-entropy in nats; with label
+    `smoothing` s it is (1 − s) of that and s of the mean over the vocabulary (https://arxiv.org/abs/1512.00567).
+    """
+    names = list(parameters)
+
+    def loss_of(hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array) -> mx.array:
+        head.set(dict(zip(names, values, strict=True)))
+        losses = cross_entropy(head.logits(hidden), targets, smoothing)
+        return (losses * weights).sum()
+
+    @mx.custom_function
+    def chunked(
+        hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        gradient = mx.value_and_grad(loss_of, argnums=(0, 1))
+        total, slopes = mx.array(0.0), [mx.zeros_like(value) for value in values]
+        hidden_slopes: list[mx.array] = []
+        for start in range(0, hidden.shape[0], rows := head.chunk_rows):
+            part = slice(start, start + rows)
+            chunk = mx.depends([hidden[part]], [total, *slopes, *hidden_slopes[-1:]])[0]
+            loss, (slope, more) = gradient(chunk, values, targets[part], weights[part])
+            total, slopes = total + loss, [a + b for a, b in zip(slopes, more, strict=True)]
+            hidden_slopes.append(slope)
+        return total, mx.concatenate(hidden_slopes), slopes
+
+    @chunked.vjp
+    def chunked_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        _, _, targets, weights = primals
+        scale, (_, hidden_slope, slopes) = cotangents[0], outputs
+        return (
+            scale * hidden_slope,
+            [scale * slope for slope in slopes],
+            mx.zeros_like(targets),
+            mx.zeros_like(weights),
+        )
+
+    values = [parameters[name] for name in names]
+    outputs: Any = chunked(hidden, values, targets, weights)
+    total: mx.array = outputs[0]
+    head.set(parameters)
+    return total
+
+
+def cross_entropy(logits: mx.array, targets: mx.array, smoothing: float = 0.0) -> mx.array:
+    """Cross-entropy in nats, float32 [N], of logits [N, V] and token ids [N].
+
+    On MLX's CPU device exponentials take longer than the products around them, so that one softmax serves loss and
+    gradient: log Σ exp(x) is the largest logit less the logarithm of its probability, which cannot underflow.
+    """
+
+    @mx.custom_function
+    def losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logits = logits.astype(mx.float32)
+        probabilities = mx.softmax(logits, axis=-1)
+        normal = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
+        losses = normal - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        if smoothing:
+            losses = (1 - smoothing) * losses + smoothing * (normal - logits.mean(axis=-1))
+        return losses, probabilities
+
+    @losses.vjp
+    def losses_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        logits, targets = primals
+        weights, slope = cotangents[0], outputs[1] * cotangents[0][:, None]
+        if smoothing:
+            slope = slope - (smoothing / logits.shape[-1]) * weights[:, None]
+        slope = slope.at[mx.arange(targets.size), targets].add((smoothing - 1) * weights)
+        return slope.astype(logits.dtype), mx.zeros_like(targets)
+
+    outputs: Any = losses(logits, targets)
+    result: mx.array = outputs[0]
+    return result

@@ -1,0 +1,127 @@
+"""The loss of a batch, and all that keeps its memory and time small: head, attention, activations, trunk.
+
+Here alone inputs are shifted: the loss of `tokens[b, t]` comes from what the model says at `tokens[b, t - 1]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxsft.backends.blas import load_blas
+from mlxsft.data.batches import width
+
+load_blas()  # before MLX is imported, which would take its own
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+from mlxsft.backends.mlx_attention import blockwise_attention  # noqa: E402
+from mlxsft.backends.mlx_head import Arrays, Head, chunked_losses, cross_entropy, summed_loss  # noqa: E402
+from mlxsft.backends.mlx_intercept import computed_again  # noqa: E402
+from mlxsft.backends.mlx_packing import isolation  # noqa: E402
+from mlxsft.backends.mlx_trunk import Trunk, from_numpy  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlxsft.data.batches import Batch
+
+
+class Inputs(NamedTuple):
+    """What a loss is computed from. Without the last column, the last token of each row predicts nothing."""
+
+    tokens: mx.array  # [B, T]
+    segments: mx.array | None  # [B, T]
+    chosen: mx.array  # [N], places in the flattened tokens[:, 1:] that get a loss
+    weights: mx.array  # [N], 1, or 0 for a place that is there for the shape alone
+    trunk: mx.array | None  # [B, T, D], what the frozen layers give
+
+
+class Loss:
+    """The loss of a model's batches. `note` says what this model cannot have, as a sentence."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head: Head | None = Head(model)
+        self.note = ""
+        if (why := self._head.why_not()) is not None:
+            self._head = None
+            self.note = f"the output head is applied to every position, which takes memory and time: {why}"
+
+    @property
+    def above_layers(self) -> tuple[str, ...]:
+        """Beginnings of the names of tensors that no layer depends on."""
+        return self._head.prefixes if self._head else ()
+
+    def inputs(self, batch: Batch, *, few_shapes: bool) -> Inputs:
+        """The arrays of a batch; with `few_shapes` the number of chosen places is rounded up."""
+        chosen = np.flatnonzero(batch.mask[:, 1:])
+        idle = width(chosen.size) - chosen.size if few_shapes else 0
+        return Inputs(
+            mx.array(batch.tokens),
+            None if batch.segments is None else mx.array(batch.segments),
+            mx.array(np.pad(chosen, (0, idle)).astype(np.int32)),
+            mx.array(np.pad(np.ones(chosen.size, dtype=np.float32), (0, idle))),
+            None if batch.trunk is None else from_numpy(batch.trunk),
+        )
+
+    def each(self, inputs: Inputs, trunk: Trunk | None) -> NDArray[np.float32]:
+        """The cross-entropy in nats of every chosen place, float32 [N]."""
+        targets = _targets(inputs)
+        with self._economical(inputs, trunk):
+            if self._head is None:
+                return np.array(cross_entropy(self._all_logits(inputs), targets))
+            return np.array(chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets))
+
+    def summed(
+        self, parameters: Arrays, inputs: Inputs, trunk: Trunk | None, *, again: bool, smoothing: float
+    ) -> mx.array:
+        """Σ loss over the chosen places, differentiable by `parameters`, which are in the model.
+
+        `again`: the layers compute their activations again in the backward pass.
+        """
+        targets = _targets(inputs)
+        with self._economical(inputs, trunk, again=again):
+            if self._head is None:
+                losses = cross_entropy(self._all_logits(inputs), targets, smoothing)
+                total: mx.array = (losses * inputs.weights).sum()
+                return total
+            used = {name: array for name, array in parameters.items() if name.startswith(self._head.prefixes)}
+            hidden = self._chosen_hidden(self._head, inputs)
+            return summed_loss(self._head, hidden, targets, inputs.weights, used, smoothing=smoothing)
+
+    def trunk_outputs(self, batch: Batch, trunk: Trunk) -> mx.array:
+        """What the layer above the trunk gets, [B, T, D]."""
+        inputs = self.inputs(batch, few_shapes=False)
+        cache = {} if inputs.segments is None else {"cache": isolation(self._model, inputs.segments)}
+        with blockwise_attention():
+            return trunk.outputs(inputs.tokens, **cache)
+
+    @contextmanager
+    def _economical(self, inputs: Inputs, trunk: Trunk | None, *, again: bool = False) -> Iterator[None]:
+        """Within it, the model is called in the way that costs least."""
+        with ExitStack() as stack:
+            stack.enter_context(blockwise_attention())
+            if again:
+                stack.enter_context(computed_again(self._model.layers))
+            if inputs.trunk is not None and trunk is not None:
+                stack.enter_context(trunk.given(inputs.trunk[:, :-1]))
+            yield
+
+    def _chosen_hidden(self, head: Head, inputs: Inputs) -> mx.array:
+        hidden = head.hidden(inputs.tokens[:, :-1], **self._cache(inputs))
+        return hidden.reshape(-1, hidden.shape[-1])[inputs.chosen]
+
+    def _all_logits(self, inputs: Inputs) -> mx.array:
+        logits: mx.array = self._model(inputs.tokens[:, :-1], **self._cache(inputs))
+        return logits.reshape(-1, logits.shape[-1])[inputs.chosen]
+
+    def _cache(self, inputs: Inputs) -> dict[str, Any]:
+        return {} if inputs.segments is None else {"cache": isolation(self._model, inputs.segments[:, :-1])}
+
+
+def _targets(inputs: Inputs) -> mx.array:
+    return inputs.tokens[:, 1:].reshape(-1)[inputs.chosen]
