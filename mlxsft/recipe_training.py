@@ -101,6 +101,11 @@ class TrainRecipe(Section):
     seed: int = Field(
         default=0, ge=0, description="Where the adapter's initial values, the row order and dropout come from."
     )
+    cache_trunk: Literal["auto", "memory", "disk", "off"] = Field(
+        default="auto",
+        description="Whether the outputs of the frozen layers below the adapter are kept for all epochs, where "
+        "adapter.layers leaves some: in memory, on disk, or computed anew each time (off); auto: where it is worth it.",
+    )
     checkpoint_activations: bool = Field(
         default=False,
         description="Compute activations again in the backward pass instead of keeping them: less memory, slower.",

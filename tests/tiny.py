@@ -97,10 +97,12 @@ def write_llama(
     tied: bool = True,
     seed: int = 0,
     tokenizer_from: Path | None = None,
+    embeddings: int = 0,
     **tokenizer: Any,
 ) -> Path:
-    """A Llama checkpoint of a few ten thousand parameters in `folder`."""
+    """A Llama checkpoint of a few ten thousand parameters in `folder`, with at least so many `embeddings`."""
     rows = copy_tokenizer(tokenizer_from, folder) if tokenizer_from else write_tokenizer(folder, **tokenizer)
+    rows = max(rows, embeddings)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

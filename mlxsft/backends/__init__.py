@@ -83,6 +83,15 @@ class Backend(Protocol):
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         """[B, T]: the cross-entropy in nats of each `tokens[b, t]` that `mask` trains, 0 elsewhere; dropout is off."""
 
+    def trunk_layers(self) -> int:
+        """How many of the lowest layers have nothing trained in or below them; their outputs never change."""
+
+    def trunk(self, batch: Batch) -> NDArray[Any]:
+        """[B, T, D]: what those layers give, for `Batch.trunk`; numbers of the model's type, bfloat16 as its bits."""
+
+    def release_trunk(self) -> None:
+        """Give back the memory of those layers; they are read again when they are needed, in an answer for instance."""
+
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
         """Why this model cannot take packed rows, as a clause; None where it can.
 

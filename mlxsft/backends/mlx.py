@@ -28,7 +28,14 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
-from mlxsft.backends.mlx_models import load_checkpoint, make_float32, mlx_lm, parameter_count, target_keys  # noqa: E402
+from mlxsft.backends.mlx_models import (  # noqa: E402
+    load_checkpoint,
+    make_float32,
+    mlx_lm,
+    parameter_count,
+    target_keys,
+    why_not_float32,
+)
 from mlxsft.backends.mlx_packing import unusual_cache, why_different  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, frozen_layers, to_numpy  # noqa: E402
 
@@ -53,10 +60,15 @@ class MlxBackend:
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
             self.notes += [BLAS_HINT] if BLAS_HINT else []
         mx.reset_peak_memory()
+        self._source = source
         self.model = load_checkpoint(source)
         self._base_parameters = parameter_count(self.model)
-        if self.device == "cpu":
+        why = why_not_float32(self.model)
+        self._float32 = self.device == "cpu" and why is None
+        if self._float32:
             self.notes += make_float32(self.model)
+        elif self.device == "cpu":
+            self.notes += [why] if why else []
         for _, array in tree_flatten(self.model.parameters()):
             mx.eval(array)  # one at a time, so that a converted array and its origin exist only once each
         self.model.freeze()
@@ -177,6 +189,13 @@ class MlxBackend:
     def trunk(self, batch: Batch) -> NDArray[Any]:
         self._train_mode(False)
         return to_numpy(self._loss.trunk_outputs(batch, self._trunk))
+
+    def release_trunk(self) -> None:
+        fresh = load_checkpoint(self._source)  # nothing of it is in memory before it is used
+        if self._float32:
+            make_float32(fresh)
+        for layer, again in zip(self.model.layers[: self.trunk_layers()], fresh.layers, strict=False):
+            layer.update(again.parameters())
 
     @property
     def _loss(self) -> Loss:

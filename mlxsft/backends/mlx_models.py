@@ -124,21 +124,30 @@ def _head_to_embedding(weights: dict[str, mx.array], own: list[str]) -> None:
         del weights[HEAD]
 
 
-def make_float32(model: nn.Module) -> list[str]:
-    """Turn every number of a model into float32, quantized ones too, where memory allows; a note where it does not."""
-    if all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters())):
-        return []
+def why_not_float32(model: nn.Module) -> str | None:
+    """Why the numbers of a model cannot be turned into float32, as a sentence; None where memory allows it."""
     needed, available = 4 * parameter_count(model), psutil.virtual_memory().available
-    if needed > 0.8 * available:  # a fifth is left for activations
-        return [
-            "the model stays in its own number format, which is slow on the CPU: as float32 it would need "
-            f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are available"
-        ]
+    if needed <= 0.8 * available or _is_float32(model):  # a fifth is left for activations
+        return None
+    return (
+        "the model stays in its own number format, which is slow on the CPU: as float32 it would need "
+        f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are available"
+    )
+
+
+def make_float32(model: nn.Module) -> list[str]:
+    """Turn every number of a model into float32, quantized too; a note where some stay. It computes nothing yet."""
+    if _is_float32(model):
+        return []
     model.set_dtype(mx.float32)  # the scales first, so that nothing is rounded when they are multiplied
     mlx_lm("utils").dequantize_model(model)
     model.set_dtype(mx.float32)
     packed = sum(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
     return [f"{packed} matrices stay quantized, which is slow on the CPU"] if packed else []
+
+
+def _is_float32(model: nn.Module) -> bool:
+    return all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,27 +205,26 @@ def stack(examples: Sequence[Example], *, limit: int | None = None) -> Batch:
     exist would be read from foreign memory.
     """
     longest = max(len(example.tokens) for example in examples)
-    tokens, mask, _ = _laid([[example] for example in examples], _within(limit, longest, width(longest)))
-    return Batch(tokens, mask)
+    batch = _laid([[example] for example in examples], _within(limit, longest, width(longest)))
+    return replace(batch, segments=None)
 
 
 def pack(packs: Sequence[Sequence[Example]], *, limit: int | None = None) -> Batch:
     """One Batch with a sequence for every pack, its examples one after another; `limit` as for `stack`."""
     longest = max(sum(len(example.tokens) for example in rows) for rows in packs)
-    return Batch(*_laid(packs, _within(limit, longest, packed_width(longest))))
+    return _laid(packs, _within(limit, longest, packed_width(longest)))
 
 
 def _within(limit: int | None, longest: int, wanted: int) -> int:
     return wanted if limit is None else max(longest, min(wanted, limit))
 
 
-def _laid(
-    packs: Sequence[Sequence[Example]], columns: int
-) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int32]]:
-    """Tokens, mask and segments [packs, columns]. Raises ValueError where the first token of a row is trained."""
-    tokens = np.zeros((len(packs), columns), dtype=np.int32)
-    mask = np.zeros((len(packs), columns), dtype=np.bool_)
-    segments = np.zeros((len(packs), columns), dtype=np.int32)
+def _laid(packs: Sequence[Sequence[Example]], columns: int) -> Batch:
+    """The examples of each pack in a line of `columns`. Raises ValueError where the first token of a row is trained."""
+    shape = (len(packs), columns)
+    tokens, mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+    kept = packs[0][0].trunk
+    trunk = None if kept is None else np.zeros((*shape, kept.shape[-1]), kept.dtype)
     for line, rows in enumerate(packs):
         start = 0
         for number, example in enumerate(rows, start=1):
@@ -235,8 +234,10 @@ def _laid(
                 )
             place = slice(start, start + len(example.tokens))
             tokens[line, place], mask[line, place], segments[line, place] = example.tokens, example.mask, number
+            if trunk is not None:
+                trunk[line, place] = example.trunk
             start = place.stop
-    return tokens, mask, segments
+    return Batch(tokens, mask, segments, trunk)
 
 
 def padding_share(groups: Iterable[Rows], lengths: ArrayLike) -> float:

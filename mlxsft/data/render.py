@@ -45,6 +45,7 @@ class Example:
     origin: Origin
     answers: tuple[int, ...] = ()
     note: str = ""
+    trunk: np.ndarray | None = None  # [T, D], what the frozen layers give, where that is kept
 
 
 Made = list[Example | LeftOut]  # what one row gives

@@ -37,6 +37,7 @@ class Progress:
     best_valid_loss: float | None = None
     evaluations_since_best: int = 0
     evaluated_at: int | None = None  # the step of the last evaluation
+    trunk_cached: bool | None = None  # whether the run has a trunk cache; None: not decided
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,17 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class TrunkCached(Event):
+    """What the frozen lower layers give is being kept, in memory or on disk; `done` is the share (0 to 1) so far."""
+
+    kind = "trunk"
+    layers: int
+    place: str
+    bytes: int
+    done: float
+
+
+@dataclass(frozen=True)
 class Stepped(Event):
     """One update was made, or skipped because loss or gradient was not finite (then those are null).
 

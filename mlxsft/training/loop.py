@@ -186,6 +186,8 @@ class Training:
         for prompt in self.recipe.eval.samples:
             if not self.stop():
                 yield Sampled(step, prompt, self.answer(prompt))
+        if self.progress.trunk_cached and self.recipe.eval.samples:
+            self.backend.release_trunk()  # the answers needed the whole model
 
     def _validated(self, step: int) -> Event | None:
         began = time.perf_counter()

@@ -14,7 +14,18 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mlxsft.terminal import printable
-from mlxsft.training.events import Evaluated, Event, Finished, LeftOutRows, Noted, Sampled, Saved, Started, Stepped
+from mlxsft.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    LeftOutRows,
+    Noted,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+    TrunkCached,
+)
 
 _LINE_SECONDS = 10.0  # how often a plain line is written
 _SAMPLE_WIDTH = 160  # characters of an answer that are shown; events.jsonl has the whole
@@ -174,6 +185,8 @@ class LiveReport(PlainReport):
         elif isinstance(event, Evaluated) and event.loss is not None:
             self.valid = f"  valid {event.loss:.3f}"
             self.update()
+        elif isinstance(event, TrunkCached):
+            self.bar.update(self.task, status=f"computing the lower {event.layers} layers once: {event.done:.0%}")
 
     def step(self, event: Stepped) -> None:
         self.last = event
@@ -220,6 +233,9 @@ def event_line(event: Event) -> str:
             return f"step {event.step}  {printable(repr(event.prompt))} → {printable(repr(answer))}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
+        case TrunkCached(done=1.0):
+            kept = f"{size(event.bytes)} {'in memory' if event.place == 'memory' else 'on disk'}"
+            return f"trunk     the outputs of the lower {event.layers} layers are kept for all epochs, {kept}"
         case Finished():
             return finish_line(event)
     return ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from mlxsft.chat.generate import Sampling, answer_text
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
 from mlxsft.data.hub import address_of
-from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.data.render import Example, Renderer, load_renderer
 from mlxsft.data.sources import pin_recipe
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
@@ -25,6 +25,7 @@ from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
 from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
 from mlxsft.training.loop import Plan, Training
 from mlxsft.training.packing import packs
+from mlxsft.training.trunk import TrunkCache
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
 
@@ -104,14 +105,24 @@ class Ready:
             yield Noted(note)
         if self.dataset.left_out:
             yield LeftOutRows([str(row) for row in self.dataset.left_out])
-        yield from self._training(progress).events()
+        cache = self._trunk_cache(progress.trunk_cached)
+        plan = Plan.of(self.recipe, len(self.dataset.train))
+        repeated = plan.total_steps > plan.steps_per_epoch
+        yield from cache.fill([self.dataset.train, self.dataset.valid], repeated=repeated, stop=self.stop)
+        yield from self._training(replace(progress, trunk_cached=cache.used), *cache.rows).events()
 
-    def _training(self, progress: Progress) -> Training:
+    def _trunk_cache(self, decided: bool | None) -> TrunkCache:
+        train, positions = self.recipe.train, self.renderer.positions
+        return TrunkCache(
+            self.backend, train.cache_trunk, self.folder.path, train.micro_batch_tokens, positions, decided
+        )
+
+    def _training(self, progress: Progress, rows: Sequence[Example], held_out: Sequence[Example]) -> Training:
         return Training(
             self.backend,
             self.recipe,
-            self.dataset.train,
-            self.dataset.valid,
+            rows,
+            held_out,
             progress,
             save=self._save,
             answer=self._answer,

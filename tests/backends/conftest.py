@@ -10,7 +10,7 @@ import pytest
 from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.data.batches import Batch
 from mlxsft.models.source import ModelSource, open_model
-from mlxsft.recipe import AdapterRecipe, TrainRecipe
+from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 from tests.tiny import write_llama
 
 ADAPTER = AdapterRecipe(rank=4, alpha=8.0)
@@ -33,17 +33,38 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @pytest.fixture
 def trainer(llama: ModelSource) -> Callable[..., MlxBackend]:
-    """A backend that trains: `trainer(adapter, learned=True, **fields of TrainRecipe)`."""
+    """A backend that trains: `trainer(adapter, learned=True, source=…, targets=…, **fields of TrainRecipe)`."""
 
-    def make(adapter: AdapterRecipe = ADAPTER, *, learned: bool = True, **train: object) -> MlxBackend:
-        backend = MlxBackend(llama)
-        backend.attach(adapter, seed=0)
+    def make(
+        adapter: AdapterRecipe = ADAPTER,
+        *,
+        learned: bool = True,
+        source: ModelSource = llama,
+        targets: tuple[str, ...] | None = None,
+        **train: object,
+    ) -> MlxBackend:
+        backend = MlxBackend(source)
+        backend.attach(adapter.model_copy(update={"targets": targets}) if targets else adapter, seed=0)
         if learned:
             backend.load_adapter_state(learned_adapter(backend))
         backend.optimize(TrainRecipe.model_validate({"steps": 1, **train}))
         return backend
 
     return make
+
+
+@pytest.fixture
+def peak_of() -> Callable[[Callable[[], object]], int]:
+    """The bytes that arrays take at most while something is computed, beyond those that are there before."""
+
+    def measured(compute: Callable[[], object]) -> int:
+        compute()  # what is made once stays
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        compute()
+        return mx.get_peak_memory() - before
+
+    return measured
 
 
 def learned_adapter(backend: MlxBackend, seed: int = 1) -> dict[str, np.ndarray]:
