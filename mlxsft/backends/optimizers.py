@@ -1,8 +1,8 @@
 """The update rules, written once for MLX and PyTorch.
 
 A rule is a pure function of weights, gradient and state. It uses operators and methods that `mx.array` and
-`torch.Tensor` both have, and `sign`, `sqrt` and `clip` of the array library that it is handed as `xp`. Nothing is kept between
-calls: the state is a dict of float32 arrays, `<slot>.<name of the weight>`, that goes in and comes out.
+`torch.Tensor` both have, and `sign`, `sqrt` and `clip` of the array library that it is handed as `xp`. Nothing is kept
+between calls: the state is a dict of float32 arrays, `<slot>.<name of the weight>`, that goes in and comes out.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def updated(
 
     That ratio is LoRA+, https://arxiv.org/abs/2402.12354.
     """
-    new_weights, new_state = {}, {}
+    new_weights: Arrays = {}
+    new_state: Arrays = {}
     for name, weight in weights.items():
         rule = _rule(train, name, weight)
         slots = {slot: state[f"{slot}.{name}"] for slot in rule.slots(tuple(weight.shape))}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlxsft.backends import initial_lora_a
+from mlxsft.backends.initial_values import initial_lora_a
 from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.backends.mlx_models import mlx_lm, target_keys
 from mlxsft.data.batches import Batch
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import load_adapter, save_adapter
 from mlxsft.models.source import ModelSource
-from mlxsft.recipe_training import AdapterRecipe
+from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 from tests.backends.conftest import learned_adapter, make_batch
 
 Trainer = Callable[..., MlxBackend]
@@ -119,7 +118,7 @@ def test_experts_are_trained(mixture: Any, trainer: Trainer) -> None:
     backend.attach(AdapterRecipe(rank=2, alpha=4.0, dropout=0.1), seed=0)
     name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.lora_a"
     assert np.array_equal(backend.adapter_state()[name], initial_lora_a(name, 0, (4, 2, 32)))
-    backend.optimize(SimpleNamespace(seed=0, beta1=0.9, beta2=0.999, weight_decay=0.0, checkpoint_activations=True))
+    backend.optimize(TrainRecipe(checkpoint_activations=True))
     batch = make_batch(vocabulary=64)
     losses = []
     for _ in range(10):
@@ -176,7 +175,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_tensor(llama: ModelS
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fine_tune_type": "dora", "num_layers": 1, "lora_parameters": {}}, "fine_tune_type is 'dora'"),
+        ({"fine_tune_type": "ia3", "num_layers": 1, "lora_parameters": {}}, "fine_tune_type is 'ia3'"),
         ({"num_layers": 1}, "lora_parameters"),
         ({"num_layers": 1, "lora_parameters": {"rank": 4, "alpha": 8}}, "'alpha' instead"),
         ({"num_layers": 1, "lora_parameters": {"rank": 4, "scale": 1.0, "keys": ["mlp"]}}, "MLP"),
@@ -199,6 +198,6 @@ def test_training_goes_on_from_a_saved_adapter(llama: ModelSource, trainer: Trai
     second.attach_saved(first.adapter_config(), learned_adapter(first))
     assert second.parameters() == first.parameters()
     batch: Batch = make_batch()
-    second.optimize(SimpleNamespace(seed=0, beta1=0.9, beta2=0.999, weight_decay=0.0, checkpoint_activations=False))
+    second.optimize(TrainRecipe())
     assert second.accumulate(batch) == first.accumulate(batch)
     assert second.apply(1e-3, 1.0) == first.apply(1e-3, 1.0)

@@ -109,7 +109,12 @@ def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_muon_leaves_vectors_and_tables_to_adamw() -> None:
-    shapes = {"norm.weight": (6,), "model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4), "conv1d.weight": (4, 3, 1)}
+    shapes = {
+        "norm.weight": (6,),
+        "model.embed_tokens.weight": (9, 4),
+        "lm_head.weight": (9, 4),
+        "conv1d.weight": (4, 3, 1),
+    }
     assert_same(trained(recipe("muon"), shapes), trained(recipe("adamw"), shapes))
     low_rank = {"model.embed_tokens.lora_a": (9, 4)}
     assert_same(trained(recipe("muon"), low_rank), trained(recipe("adamw"), low_rank))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxsft.backends import initial_lora_a, load_backend
+from mlxsft.backends import load_backend
+from mlxsft.backends.initial_values import initial_lora_a
 from mlxsft.errors import UsageError
 
 NAME = "model.layers.0.self_attn.q_proj.lora_a"
