@@ -122,13 +122,12 @@ class MlxBackend:
         sums, self._sums = self._sums, Sums()
         if not sums.tokens:
             raise ValueError("apply() needs a trained token, but nothing was accumulated")
-        gradient = {name: array / sums.tokens for name, array in sums.gradient.items()}
-        squares = [mx.square(array).sum() for array in gradient.values()]
-        norm = float(np.array(mx.sqrt(mx.stack(squares).sum())))
+        squares = [mx.square(array).sum() for array in sums.gradient.values()]
+        norm = float(np.array(mx.sqrt(mx.stack(squares).sum()))) / sums.tokens
         if not math.isfinite(norm + sums.loss):
             return norm if not math.isfinite(norm) else math.nan
-        if clip_norm is not None and norm > clip_norm:
-            gradient = {name: array * (clip_norm / norm) for name, array in gradient.items()}
+        clipped = clip_norm / norm if clip_norm is not None and norm > clip_norm else 1.0
+        gradient = {name: array * (clipped / sums.tokens) for name, array in sums.gradient.items()}
         self._step += 1
         numbers = step_numbers(self._recipe, self._step, learning_rate)
         arrays = {name: mx.array(number) for name, number in numbers.items()}  # a compiled update takes them anew
