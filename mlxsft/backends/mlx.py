@@ -28,7 +28,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxsft.backends.mlx_adapters import Adapter, refuse_mismatch  # noqa: E402
+from mlxsft.backends.mlx_adapters import MlxAdapter, refuse_mismatch  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
@@ -68,17 +68,17 @@ class MlxBackend:
             mx.eval(array)  # one at a time, so that a converted array and its origin exist only once each
         self.model.freeze()
         self.model.eval()
-        self._adapter = Adapter(self.model, {})  # none yet
+        self._adapter = MlxAdapter(self.model, {})  # none yet
         self._keys = RandomKeys()
         self._unpatched: list[tuple[nn.Module, type]] = []  # modules with a class of their own, and their plain one
 
     # ---- adapter
 
     def attach(self, adapter: AdapterRecipe, seed: int) -> None:
-        self._adapter = Adapter.new(self.model, adapter, seed, self._quantized, self._keys)
+        self._adapter = MlxAdapter.new(self.model, adapter, seed, self._quantized, self._keys)
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
-        self._adapter = Adapter.saved(self.model, config, tensors, self._keys)
+        self._adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
 
     def adapter_config(self) -> dict[str, Any]:
         return self._adapter.config
@@ -249,7 +249,7 @@ class MlxBackend:
     def close(self) -> None:
         self._give_classes_back()
         self.model = nn.Module()
-        self._adapter = Adapter(self.model, {})
+        self._adapter = MlxAdapter(self.model, {})
         mx.clear_cache()
 
     def _give_classes_back(self) -> None:

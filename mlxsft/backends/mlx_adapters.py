@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe
 
 
-class Adapter:
+class MlxAdapter:
     """The trained numbers of a model: float32 here, in the model in the number format that it computes with.
 
     PiSSA, https://arxiv.org/abs/2404.02948, trains W − s·B₀A₀ + s·BA from A₀ and B₀. That is W + s·(BA − B₀A₀): an
@@ -51,7 +51,9 @@ class Adapter:
         return 0 if own else sum(array.size for array in self._whole(self.weights).values())
 
     @classmethod
-    def new(cls, model: nn.Module, recipe: AdapterRecipe, seed: int, quantized: set[str], keys: RandomKeys) -> Adapter:
+    def new(
+        cls, model: nn.Module, recipe: AdapterRecipe, seed: int, quantized: set[str], keys: RandomKeys
+    ) -> MlxAdapter:
         """What a recipe asks for, at its start, where the model answers as before.
 
         `quantized` are the paths of modules that the checkpoint holds quantized. Raises UsageError for what this model
@@ -80,7 +82,7 @@ class Adapter:
         return adapter
 
     @classmethod
-    def saved(cls, model: nn.Module, config: Mapping[str, Any], tensors: Tensors, keys: RandomKeys) -> Adapter:
+    def saved(cls, model: nn.Module, config: Mapping[str, Any], tensors: Tensors, keys: RandomKeys) -> MlxAdapter:
         """An adapter in mlx-lm's layout. Raises InputRefused for what does not make layers, or does not fit."""
         kind = config.get("fine_tune_type", "lora")
         if kind == "full":
@@ -173,8 +175,8 @@ def _unfreeze(model: nn.Module, names: set[str], quantized: set[str]) -> None:
     paths = {name.rpartition(".")[0] for name in names}
     if found := sorted(paths & quantized):
         raise UsageError(
-            f"adapter.kind: full, but the model is quantized: {found[0]} and {len(found) - 1} others have no weights "
-            "that could be trained",
+            f"adapter.kind: full, but the model is quantized: {len(found)} modules, {found[0]} the first, have no "
+            "weights that could be trained",
             "Take adapter.kind lora or dora, or the model as it was before it was quantized.",
         )
     for name in names:

@@ -102,14 +102,19 @@ def updated(
         rule = _rule(train, name, weight)
         slots = {slot: state[f"{slot}.{name}"] for slot in rule.slots(tuple(weight.shape))}
         rate = numbers["rate"] * (b_ratio if name.endswith(".lora_b") else 1.0)
-        settings = Settings(train, rate, train.weight_decay if weight.ndim > 1 else 0.0, numbers)
+        settings = Settings(train, rate, train.weight_decay if _is_matrix(name, weight) else 0.0, numbers)
         new_weights[name], after = rule.update(xp, weight, gradient[name], slots, settings)
         new_state |= {f"{slot}.{name}": array for slot, array in after.items()}
     return new_weights, new_state
 
 
+def _is_matrix(name: str, weight: Array) -> bool:
+    """Whether a weight is one matrix or a stack of them: no norm, and no bias, which experts have in a table."""
+    return weight.ndim > 1 and not name.endswith(".bias")
+
+
 def _rule(train: TrainRecipe, name: str, weight: Array) -> Rule:
-    if train.optimizer == "muon" and (weight.ndim < 2 or NO_HIDDEN_MATRIX.search(name)):
+    if train.optimizer == "muon" and (NO_HIDDEN_MATRIX.search(name) or not _is_matrix(name, weight)):
         return RULES["adamw"]
     return RULES[train.optimizer]
 

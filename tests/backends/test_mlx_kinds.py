@@ -101,9 +101,11 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 from_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
-def peft_model(folder: Path, **settings: Any) -> Any:
+def peft_model(folder: Path, rank: int = 4, **settings: Any) -> Any:
+    """With the scale 2."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, **settings)).eval()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, **settings)
+    return peft.get_peft_model(base, config).eval()
 
 
 def peft_parameters(model: Any, name: str) -> torch.nn.Parameter:
@@ -115,12 +117,22 @@ def peft_parameters(model: Any, name: str) -> torch.nn.Parameter:
     return {"lora_a": module.lora_A, "lora_b": module.lora_B}[leaf]["default"].weight
 
 
-def peft_backward(model: Any, batch: Batch) -> None:
+def load_into_peft(model: Any, state: dict[str, np.ndarray]) -> None:
+    with torch.no_grad():
+        for name, array in state.items():
+            peft_parameters(model, name).copy_(torch.from_numpy(array.T.copy()))
+
+
+def peft_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """[B, T-1]: the cross-entropy of each trained token."""
     tokens = torch.from_numpy(batch.tokens.astype(np.int64))
-    losses = torch.nn.functional.cross_entropy(
-        model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-    )
-    ((losses * torch.from_numpy(batch.mask[:, 1:])).sum() / batch.mask.sum()).backward()
+    logits = model(tokens).logits[:, :-1].transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none")
+    return losses * torch.from_numpy(batch.mask[:, 1:])
+
+
+def peft_backward(model: Any, batch: Batch) -> None:
+    (peft_losses(model, batch).sum() / batch.mask.sum()).backward()
 
 
 def first_gradient(backend: MlxBackend, batch: Batch) -> dict[str, np.ndarray]:
@@ -145,10 +157,7 @@ def test_the_gradient_is_pefts(
     llama: ModelSource, trainer: Trainer, adapter: AdapterRecipe, settings: dict[str, Any]
 ) -> None:
     backend, batch, model = trainer(adapter, optimizer="sgd"), make_batch(), peft_model(llama.folder, **settings)
-    state = backend.adapter_state()
-    with torch.no_grad():
-        for name, array in state.items():
-            peft_parameters(model, name).copy_(torch.from_numpy(array.T.copy()))
+    load_into_peft(model, backend.adapter_state())
     peft_backward(model, batch)
     for name, gradient in first_gradient(backend, batch).items():
         expected = peft_parameters(model, name).grad.numpy().T
@@ -169,6 +178,17 @@ def test_pissa_begins_as_pefts(llama: ModelSource, trainer: Trainer) -> None:
         np.testing.assert_allclose(np.abs(trained), np.abs(expected.detach().numpy().T), atol=1e-3, err_msg=name)
         size = np.abs(expected.grad.numpy().T)
         np.testing.assert_allclose(np.abs(gradient), size, atol=5e-3 * size.max(), err_msg=name)
+
+
+@from_peft
+def test_a_trained_pissa_is_an_ordinary_lora_for_peft(llama: ModelSource, trainer: Trainer) -> None:
+    backend, batch = trainer(AdapterRecipe(rank=4, alpha=8.0, init="pissa"), learned=False), make_batch()
+    losses_of(backend)
+    model = peft_model(llama.folder, rank=8)
+    load_into_peft(model, backend.adapter_state())
+    with torch.no_grad():
+        expected = peft_losses(model, batch).numpy()
+    np.testing.assert_allclose(backend.losses(batch)[:, 1:], expected, rtol=1e-5, atol=2e-5)
 
 
 # ---- PiSSA ----------------------------------------------------------------------------------------------------------
@@ -251,7 +271,7 @@ def test_a_quantized_base_has_no_weights_to_train(
 ) -> None:
     if packed:
         leave_little_memory(monkeypatch)
-    with pytest.raises(UsageError, match=r"adapter\.kind: full, but the model is quantized: .* and 13 others"):
+    with pytest.raises(UsageError, match=r"adapter\.kind: full, but the model is quantized: 14 modules, model"):
         training(quantized_llama(tmp_path), AdapterRecipe(kind="full"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import mlx.optimizers
 import numpy as np
 import pytest
 import torch
@@ -49,7 +48,10 @@ def by_torch(make: Callable[[list[Any]], Any], shapes: dict[str, tuple[int, ...]
     return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
 
-def by_mlx(optimizer: Any, shapes: dict[str, tuple[int, ...]]) -> Arrays:
+def by_mlx(name: str, shapes: dict[str, tuple[int, ...]], **settings: Any) -> Arrays:
+    from mlx import optimizers
+
+    optimizer = getattr(optimizers, name)(1e-3, **settings)
     weights = {name: mx.array(array) for name, array in arrays(0, shapes).items()}
     for step, rate in enumerate(RATES):
         optimizer.learning_rate = rate
@@ -121,13 +123,13 @@ def test_muon_leaves_vectors_and_tables_to_adamw() -> None:
 
 
 def test_lion_is_that_of_mlx() -> None:
-    expected = by_mlx(mlx.optimizers.Lion(1e-3, betas=[0.9, 0.99], weight_decay=0.1), STACKED)
+    expected = by_mlx("Lion", STACKED, betas=[0.9, 0.99], weight_decay=0.1)
     assert_same(trained(recipe("lion", weight_decay=0.1), STACKED), expected)
 
 
 def test_adafactor_is_that_of_mlx() -> None:
-    theirs = mlx.optimizers.Adafactor(1e-3, scale_parameter=False, relative_step=False)
-    assert_same(trained(recipe("adafactor"), SHAPES), by_mlx(theirs, SHAPES))
+    expected = by_mlx("Adafactor", SHAPES, scale_parameter=False, relative_step=False)
+    assert_same(trained(recipe("adafactor"), SHAPES), expected)
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
@@ -136,12 +138,28 @@ def test_both_array_libraries_make_the_same_updates(optimizer: str) -> None:
     assert_same(trained(train, SHAPES, b_ratio=4.0), trained(train, SHAPES, torch, b_ratio=4.0))
 
 
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_a_transposed_matrix_gets_the_transposed_update(optimizer: str) -> None:
+    """PEFT's matrices are mlx-lm's, transposed."""
+    train = recipe(optimizer, weight_decay=0.1)
+    weight, other = (mx.array(arrays(0, {"a": (12, 4)})["a"].copy()) for _ in range(2))
+    other = other.T
+    state, other_state = ({n: mx.zeros(s) for n, s in state_shapes(train, {"a": w}).items()} for w in (weight, other))
+    for step in range(STEPS):
+        gradient = mx.array(arrays(step + 1, {"a": (12, 4)})["a"])
+        numbers = step_numbers(train, step + 1, RATES[step])
+        (after, state) = updated(mx, train, 1.0, {"a": weight}, {"a": gradient}, state, numbers)
+        (turned, other_state) = updated(mx, train, 1.0, {"a": other}, {"a": gradient.T}, other_state, numbers)
+        weight, other = after["a"], turned["a"]
+    assert_same({"a": np.array(other.T)}, {"a": np.array(weight)})
+
+
 def test_a_recipe_names_the_rules_that_there_are() -> None:
     assert set(RULES) == set(OPTIMIZERS)
 
 
 def test_vectors_do_not_decay() -> None:
-    vectors = {"q_proj.bias": (4,), "norm.weight": (12,)}
+    vectors = {"q_proj.bias": (4,), "norm.weight": (12,), "experts.up_proj.bias": (3, 8)}
     for optimizer in OPTIMIZERS:
         assert_same(trained(recipe(optimizer, weight_decay=0.5), vectors), trained(recipe(optimizer), vectors))
 
