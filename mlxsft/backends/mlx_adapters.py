@@ -33,6 +33,7 @@ class MlxAdapter:
     PiSSA, https://arxiv.org/abs/2404.02948, trains W − s·B₀A₀ + s·BA from A₀ and B₀. That is W + s·(BA − B₀A₀): an
     ordinary LoRA of twice the rank on the unchanged weight, of which half, `_fixed`, is not trained. It is what the
     model holds and what is saved; so the adapter needs no conversion, and any base will do, quantized ones included.
+    Dropout acts on that change as a whole.
     """
 
     def __init__(self, model: nn.Module, config: dict[str, Any], b_ratio: float = 1.0) -> None:

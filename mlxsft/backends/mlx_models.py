@@ -180,11 +180,10 @@ def own_weights(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -
     Else as `target_keys`, with names for norms and everything that holds weights.
     """
     keys = _chosen(model, layers, targets, _own_arrays)
-    chosen = {id(layer): layer for layer in model.layers[-layers:]}
-    paths = [path for path, module in model.named_modules() if id(module) in chosen]
-    modules = dict(model.named_modules())
-    found = [f"{path}.{key}" if key else path for path in paths for key in keys] + sorted(keys)
-    return {f"{path}.{leaf}" for path in found if path in modules for leaf in _own_arrays(modules[path])}
+    chosen, modules = {id(layer) for layer in model.layers[-layers:]}, dict(model.named_modules())
+    roots = [f"{path}." for path, module in modules.items() if id(module) in chosen]
+    paths = {f"{root}{key}".rstrip(".") for root in roots for key in keys} | (keys - {""})
+    return {f"{path}.{leaf}" for path in paths & modules.keys() for leaf in _own_arrays(modules[path])}
 
 
 def _chosen(
