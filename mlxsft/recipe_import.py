@@ -60,6 +60,11 @@ _NOT_TAKEN = {
     "trust_remote_code": "code from a checkpoint never runs here; leave this out",
 }
 _SILENT = {"train", "config", "test_batches"}  # nothing is lost without them
+_OPTIMIZERS = {
+    "adam": ("betas", "eps", "bias_correction"),
+    "adamw": ("betas", "eps", "bias_correction", "weight_decay"),
+    "sgd": ("momentum", "weight_decay"),
+}
 _COLUMNS = {  # mlx-lm looks these names up at the top of the file, though it does not list them
     "prompt_feature": "prompt",
     "completion_feature": "completion",
@@ -235,9 +240,14 @@ class _Importer:
         self.put("data.valid", None, "data")
 
     def adapter(self) -> None:
-        kind = self.get("fine_tune_type")
-        if kind != "lora":
-            self.refuse(("fine_tune_type",), f"got {shown(kind)}, and only lora is trained here")
+        self.put("adapter.kind", self.get("fine_tune_type"), "fine_tune_type")
+        layers = self.whole("num_layers")
+        if layers is not None:
+            self.put("adapter.layers", layers if layers > 0 else "all", "num_layers")
+        if self.get("fine_tune_type") != "full":
+            self.low_rank()
+
+    def low_rank(self) -> None:
         given = self.given.values.get("lora_parameters")
         if given is not None and not isinstance(given, dict):
             return self.refuse(("lora_parameters",), f"got {shown(given)}, expected rank, scale and dropout")
@@ -248,7 +258,6 @@ class _Importer:
         for key in ("rank", "scale", "dropout"):
             if given is not None and given.get(key) is None:
                 self.refuse(("lora_parameters", key), "missing; mlx-lm refuses the file too")
-        self.put("adapter.kind", "lora", "fine_tune_type")
         rank, scale = self.whole("lora_parameters", "rank", least=1), self.get("lora_parameters", "scale")
         if rank is not None:
             self.put("adapter.rank", rank, "lora_parameters", "rank")
@@ -256,9 +265,6 @@ class _Importer:
             alpha = float(scale * rank) if number else scale  # what is no number is refused with the rest
             self.put("adapter.alpha", alpha, "lora_parameters", "scale", comment=f"scale {shown(scale)} × rank {rank}")
         self.put("adapter.dropout", self.get("lora_parameters", "dropout"), "lora_parameters", "dropout")
-        layers = self.whole("num_layers")
-        if layers is not None:
-            self.put("adapter.layers", layers if layers > 0 else "all", "num_layers")
         keys = self.get("lora_parameters", "keys")
         self.put("adapter.targets", "all-linear" if keys is None else keys, "lora_parameters", "keys")
 
@@ -280,17 +286,25 @@ class _Importer:
 
     def optimizer(self) -> None:
         name = str(self.get("optimizer")).lower()
-        if name not in ("adam", "adamw"):
-            return self.refuse(("optimizer",), f"got {shown(name)}, and only adam and adamw are here")
+        if name not in _OPTIMIZERS:
+            reason = "muon and adafactor of mlx give a learning rate another meaning"
+            return self.refuse(("optimizer",), f"got {shown(name)}; adam, adamw and sgd are carried over, {reason}")
         where = ("optimizer_config", name)
         configs = self.get("optimizer_config")
         config = (configs.get(name) or {}) if isinstance(configs, dict) else configs
         if not isinstance(config, dict):
             return self.refuse(where, f"got {shown(config)}, expected settings of {name}")
-        known = {"betas", "eps", "bias_correction"} | ({"weight_decay"} if name == "adamw" else set())
         for key in config:
-            if key not in known:
-                self.refuse((*where, key), f"{name} of mlx has no such setting")
+            if key not in _OPTIMIZERS[name]:
+                self.refuse((*where, key), f"not carried over; {name} has {', '.join(_OPTIMIZERS[name])}")
+        self.put("train.clip_norm", None, "optimizer", comment="mlx-lm does not clip")
+        if name != "sgd":
+            return self.adam(name, config, where)
+        self.put("train.optimizer", "sgd", "optimizer")
+        self.put("train.momentum", config.get("momentum", 0.0), *where, "momentum")
+        self.put("train.weight_decay", config.get("weight_decay", 0.0), *where, "weight_decay")
+
+    def adam(self, name: str, config: dict[str, Any], where: tuple[str, ...]) -> None:
         betas = config.get("betas", [0.9, 0.999])
         if not isinstance(betas, list) or len(betas) != 2:
             return self.refuse((*where, "betas"), f"got {shown(betas)}, expected two numbers")
@@ -305,7 +319,6 @@ class _Importer:
         self.put("train.beta1", betas[0], *where, "betas")
         self.put("train.beta2", betas[1], *where, "betas")
         self.put("train.weight_decay", decay, *where, "weight_decay")
-        self.put("train.clip_norm", None, "optimizer", comment="mlx-lm does not clip")
 
     def rate(self) -> None:
         """The learning rate and how it changes; with a schedule mlx-lm does not look at learning_rate."""

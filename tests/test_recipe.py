@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mlxsft.errors import UsageError
 from mlxsft.recipe import DataRecipe, Recipe, dump_recipe, load_recipe, recipe_schema
+from mlxsft.recipe_training import OPTIMIZERS, TrainRecipe
 
 MINIMAL = "model: org/name\ndata:\n  train: rows.jsonl\n"
 
@@ -74,7 +75,10 @@ def test_the_defaults(folder: Path) -> None:
             "kind": "lora",
             "rank": 16,
             "alpha": 32.0,
+            "rslora": False,
+            "init": "default",
             "dropout": 0.0,
+            "loraplus_lr_ratio": 1.0,
             "layers": "all",
             "targets": "all-linear",
         },
@@ -86,14 +90,18 @@ def test_the_defaults(folder: Path) -> None:
             "batching": "buckets",
             "learning_rate": 2e-4,
             "schedule": "cosine",
+            "cycles": None,
             "final_learning_rate": 0.0,
             "warmup": 0.05,
             "decay": None,
             "optimizer": "adamw",
             "beta1": 0.9,
             "beta2": 0.999,
+            "momentum": None,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
+            "neftune_alpha": None,
+            "label_smoothing": 0.0,
             "seed": 0,
             "checkpoint_activations": False,
         },
@@ -148,12 +156,16 @@ def test_steps_and_epochs(folder: Path) -> None:
         ("adapter.rank", "1_000", 'got "1_000", expected a whole number ≥ 1'),
         ("adapter.rank", "0x10", 'got "0x10", expected a whole number ≥ 1'),
         ("adapter.rank", "9" * 5000, f'got "{"9" * 56}..., too large a number'),
-        ("adapter.kind", "dora", 'got "dora", expected lora'),
+        ("adapter.kind", "ia3", 'got "ia3", expected one of lora, dora, full'),
         ("adapter.alpha", "true", "got true, expected a number > 0"),
         ("adapter.dropout", "1", "got 1, expected a number ≥ 0 and < 1"),
         ("adapter.layers", "some", 'got "some", expected all, or a whole number ≥ 1'),
-        ("adapter.targets", "[]", "got [], expected all-linear, or a list of text with something in it"),
-        ("adapter.targets", "q_proj", 'got "q_proj", expected all-linear, or a list of text with something in it'),
+        ("adapter.targets", "[]", "got [], expected one of all-linear, all, or a list of text with something in it"),
+        (
+            "adapter.targets",
+            "q_proj",
+            'got "q_proj", expected one of all-linear, all, or a list of text with something in it',
+        ),
         ("data.max_tokens", "1", "got 1, expected a whole number ≥ 2"),
         ("data.too_long", "cut", 'got "cut", expected one of error, drop, keep-response, split-turns'),
         ("data.valid", "1.0", "got 1.0, expected a share of the rows > 0 and < 1, or text, or null"),
@@ -202,6 +214,54 @@ def test_settings_that_would_do_nothing_are_refused(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            "adapter:\n  kind: full\n  rank: 8\n",
+            "6: adapter.rank: adapter.kind is full, which has no low-rank matrices",
+        ),
+        ("adapter:\n  kind: full\n  init: pissa\n", "6: adapter.init: adapter.kind is full, which has no low-rank"),
+        ("adapter:\n  kind: dora\n  init: pissa\n", "6: adapter.init: adapter.kind is dora, whose rows have lengths"),
+        ("adapter:\n  targets: all\n", "5: adapter.targets: got all, which only adapter.kind full can train"),
+        ("adapter:\n  targets: [all, lm_head]\n", "5: adapter.targets: got all, which only adapter.kind full"),
+        ("train:\n  optimizer: sgd\n  beta2: 0.9\n", "6: train.beta2: train.optimizer is sgd, which has no beta2"),
+        ("train:\n  momentum: 0.9\n", "5: train.momentum: train.optimizer is adamw, which has no momentum"),
+        ("train:\n  cycles: 3\n", "5: train.cycles: train.schedule is cosine, which falls once"),
+        (
+            "train:\n  schedule: inverse_sqrt\n  decay: 9\n",
+            "6: train.decay: train.schedule is inverse_sqrt, so the fall of the learning rate has no end",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(folder: Path, section: str, said: str) -> None:
+    (problem,) = problems(MINIMAL + section)
+    assert problem.startswith(f"recipe.yaml:{said}")
+
+
+def test_what_null_stands_for_is_written_out(folder: Path) -> None:
+    def train(**settings: str) -> TrainRecipe:
+        return load(MINIMAL + "train:\n" + "".join(f"  {name}: {value}\n" for name, value in settings.items())).train
+
+    def moments(optimizer: str) -> tuple[float | None, ...]:
+        found = train(optimizer=optimizer)
+        return found.beta1, found.beta2, found.momentum
+
+    assert moments("lion") == (0.9, 0.99, None)
+    assert moments("muon") == (0.9, 0.999, 0.95)
+    assert moments("sgd") == (None, None, 0.0)
+    assert moments("adafactor") == (None, None, None)
+    assert train(schedule="warmup_stable_decay").decay == 0.2
+    assert train(schedule="cosine_with_restarts").cycles == 2
+    assert load(MINIMAL + "adapter:\n  kind: full\n").adapter.targets == "all"
+    assert load(MINIMAL + "adapter:\n  kind: full\n  targets: all-linear\n").adapter.targets == "all-linear"
+
+
+def test_the_scale_of_an_adapter(folder: Path) -> None:
+    assert load(MINIMAL + "adapter:\n  alpha: 8\n").adapter.scale == 0.5
+    assert load(MINIMAL + "adapter:\n  alpha: 8\n  rslora: true\n").adapter.scale == 2.0
+
+
 # Every problem, in one pass ------------------------------------------------------------------------------------------
 
 
@@ -229,7 +289,8 @@ save: 3
         "recipe.yaml:8: train.learnig_rate: no such setting; did you mean learning_rate?",
         "recipe.yaml:9: train.seed: given twice: recipe.yaml:9 and recipe.yaml:10",
         "recipe.yaml:11: train.final_learning_rate: got 1.0, expected at most train.learning_rate, 0.0002",
-        'recipe.yaml:12: train.schedule: got "cosin", expected one of cosine, linear, constant',
+        'recipe.yaml:12: train.schedule: got "cosin", expected one of cosine, linear, constant, '
+        "cosine_with_restarts, inverse_sqrt, warmup_stable_decay",
         "recipe.yaml:13: save: got 3, expected a section of settings",
         "--set eval.patience=0: got 0, expected a whole number ≥ 1, or null",
         "--set train.foo=1: no such setting",
@@ -509,6 +570,7 @@ traps = st.sampled_from(
     ["NO", "1e-5", "010", "null", "~", "true", "12:30", "2024-01-01", "- a", "a: b", "#x", " x ", "*a"]
 )
 words = text | traps
+SCHEDULES = ["cosine", "linear", "constant", "cosine_with_restarts", "inverse_sqrt", "warmup_stable_decay"]
 share = st.floats(0, 1, exclude_min=True)
 every = share | st.integers(1, 10**6)
 files = words.map(lambda name: "/data/" + name.replace("/", "").replace(".", ""))
@@ -518,8 +580,8 @@ files = words.map(lambda name: "/data/" + name.replace("/", "").replace(".", "")
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     """The values of any valid recipe that names no relative path."""
     rate = draw(st.floats(1e-12, 10))
-    schedule = draw(st.sampled_from(["cosine", "linear", "constant"]))
-    falls = schedule != "constant"
+    schedule = draw(st.sampled_from(SCHEDULES))
+    falls = schedule not in ("constant", "inverse_sqrt")
     steps = draw(st.none() | st.integers(1, 10**9))
     valid = draw(st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True) | files)
     return {
@@ -548,6 +610,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             "final_learning_rate": draw(st.floats(0, rate)) if falls else 0.0,
             "warmup": draw(st.floats(0, 1, exclude_max=True) | st.integers(0, 10**6)),
             "decay": draw(st.none() | every) if falls else None,
+            "optimizer": draw(st.sampled_from(sorted(OPTIMIZERS))),
             "clip_norm": draw(st.none() | st.floats(0, 1e9, exclude_min=True)),
             "seed": draw(st.integers(0, 10**17)),
             "checkpoint_activations": draw(st.booleans()),
@@ -613,6 +676,6 @@ def test_the_schema_has_types_bounds_and_choices() -> None:
     definitions = recipe_schema()["$defs"]
     train = definitions["TrainRecipe"]["properties"]
     assert train["batch_size"]["minimum"] == 1
-    assert train["schedule"]["enum"] == ["cosine", "linear", "constant"]
+    assert train["schedule"]["enum"] == SCHEDULES
     kinds = [option["type"] for option in definitions["EvalRecipe"]["properties"]["every"]["anyOf"]]
     assert kinds == ["number", "integer"]

@@ -243,15 +243,22 @@ def test_a_model_that_is_not_here_is_said_to_be_of_the_hub(folder: Path) -> None
     assert any('no folder "my_model" here' in note for note in notes)
 
 
+def test_other_kinds_and_gradient_descent_are_carried_over(folder: Path) -> None:
+    full = imported(minimal("fine_tune_type: full", "num_layers: 4"))[0].adapter
+    assert (full.kind, full.layers, full.targets) == ("full", 4, "all")
+    dora, _ = imported(minimal("fine_tune_type: dora", "lora_parameters: {rank: 4, scale: 2, dropout: 0}"))
+    assert (dora.adapter.kind, dora.adapter.rank, dora.adapter.scale) == ("dora", 4, 2.0)
+    train = imported(minimal("optimizer: sgd", "optimizer_config: {sgd: {momentum: 0.9}}"))[0].train
+    assert (train.optimizer, train.momentum, train.weight_decay, train.beta1) == ("sgd", 0.9, 0.0, None)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("fine_tune_type: dora", 'fine_tune_type: got "dora", and only lora is trained here'),
-        ("fine_tune_type: full", 'fine_tune_type: got "full", and only lora is trained here'),
-        ("optimizer: muon", 'optimizer: got "muon", and only adam and adamw are here'),
-        ("optimizer: sgd", 'optimizer: got "sgd", and only adam and adamw are here'),
-        ("optimizer: adafactor", 'optimizer: got "adafactor", and only adam and adamw are here'),
-        ("optimizer_config: {adam: {lr: 1}}", "optimizer_config.adam.lr: adam of mlx has no such setting"),
+        ("fine_tune_type: ia3", 'adapter.kind: got "ia3", expected one of lora, dora, full'),
+        ("optimizer: muon", 'optimizer: got "muon"; adam, adamw and sgd are carried over'),
+        ("optimizer: adafactor", 'optimizer: got "adafactor"; adam, adamw and sgd are carried over'),
+        ("optimizer_config: {adam: {lr: 1}}", "optimizer_config.adam.lr: not carried over; adam has betas, eps"),
         ("optimizer_config: [1]", "optimizer_config.adam: got [1], expected settings of adam"),
         ("lr_schedule: {name: exponential_decay, arguments: [1, 2]}", 'lr_schedule.name: got "exponential_decay"'),
         ("lr_schedule: {name: step_decay, arguments: [1, 2]}", 'lr_schedule.name: got "step_decay"'),
@@ -303,6 +310,6 @@ def test_a_file_without_data_is_refused(folder: Path) -> None:
 
 def test_everything_refused_is_said_at_once(folder: Path) -> None:
     lines = refused(
-        "fine_tune_type: dora", "iters: 3", "grad_accumulation_steps: 10", "optimizer: sgd", "seed: x", "foo: 1"
+        "fine_tune_type: ia3", "iters: 3", "grad_accumulation_steps: 10", "optimizer: muon", "seed: x", "foo: 1"
     )
-    assert [line.split(": ")[1] for line in lines] == ["fine_tune_type", "iters", "optimizer", "train.seed", "foo"]
+    assert [line.split(": ")[1] for line in lines] == ["adapter.kind", "iters", "optimizer", "train.seed", "foo"]

@@ -7,7 +7,6 @@ tokens of the whole step. One row at a time, all rows at once and two machines t
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import platform
@@ -51,7 +50,7 @@ class Backend(Protocol):
     # ---- adapter
 
     def attach(self, adapter: AdapterRecipe, seed: int) -> None:
-        """Add a new adapter: A from `initial_lora_a`, B zero, so that the model answers as before.
+        """Add a new adapter with the values of `initial_values.py`, so that the model answers as before.
 
         Raises UsageError for targets or layers that the model does not have, all of them in one message.
         """
@@ -167,15 +166,3 @@ def require_mlx() -> None:
         importlib.import_module("mlxsft.backends.mlx")  # finds the fast BLAS before it imports MLX
     except ImportError as error:
         raise UsageError(f"MLX cannot be imported: {error}", f"Install it anew: {install}") from error
-
-
-def initial_lora_a(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The first value of a LoRA A, from its tensor name and the seed alone: uniform within ±1/√inputs.
-
-    `shape` is mlx-lm's: [inputs, rank], or [experts, rank, inputs]. Both backends start with the same numbers.
-    """
-    inputs = shape[0] if len(shape) == 2 else shape[-1]
-    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
-    bound = 1 / np.sqrt(inputs)
-    values = np.random.default_rng([seed, *words.tolist()]).uniform(-bound, bound, shape)
-    return values.astype(np.float32)

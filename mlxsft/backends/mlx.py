@@ -1,4 +1,4 @@
-"""Models on MLX: mlx-lm's own, with its own LoRA layers and its own generator.
+"""Models on MLX: mlx-lm's own, with its LoRA layers and its generator.
 
 On the CPU device everything is float32, quantized checkpoints included where memory allows, because MLX multiplies
 other types there 30 times slower; and nothing is compiled, because `mx.compile` calls g++ for seconds a shape and gains
@@ -11,40 +11,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Sampling, Tensors, initial_lora_a
+from mlxsft.backends import Sampling, Tensors
 from mlxsft.backends.blas import load_blas
-from mlxsft.errors import InputRefused, UsageError
+from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
+from mlxsft.backends.mlx_adapters import MlxAdapter, refuse_mismatch  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
     mlx_lm,
     parameter_count,
-    target_keys,
+    quantized_modules,
+    token_embedding,
     why_not_float32,
 )
 from mlxsft.backends.mlx_packing import unusual_cache, why_different  # noqa: E402
+from mlxsft.backends.mlx_random import RandomKeys, noisy  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, frozen_layers, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
     from mlxsft.models.source import ModelSource
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
-
-EPSILON = 1e-8  # of AdamW, added to the square root
 
 
 class MlxBackend:
@@ -63,6 +66,7 @@ class MlxBackend:
         self._source = source
         self.model = load_checkpoint(source)
         self._base_parameters = parameter_count(self.model)
+        self._quantized = quantized_modules(self.model)
         why = why_not_float32(self.model)
         self._float32 = self.device == "cpu" and why is None
         if self._float32:
@@ -73,60 +77,35 @@ class MlxBackend:
             mx.eval(array)  # one at a time, so that a converted array and its origin exist only once each
         self.model.freeze()
         self.model.eval()
-        self._config: dict[str, Any] = {}
-        self._keys = DropoutKeys()
+        self._adapter = MlxAdapter(self.model, {})  # none yet
+        self._keys = RandomKeys()
         self._loss_of: Loss | None = None
 
     # ---- adapter
 
     def attach(self, adapter: AdapterRecipe, seed: int) -> None:
-        count = len(self.model.layers)
-        layers = count if adapter.layers == "all" else adapter.layers
-        if layers > count:
-            raise UsageError(f"adapter.layers: {layers}, but the model has {count} layers")
-        keys = target_keys(self.model, layers, adapter.targets)
-        scale = adapter.alpha / adapter.rank
-        self._add_lora(layers, {"rank": adapter.rank, "scale": scale, "dropout": adapter.dropout, "keys": keys})
-        for name, array in self._trainable().items():
-            if ".lora_a" in name:
-                self._set({name: mx.array(initial_lora_a(name, seed, tuple(array.shape)))})
+        self._adapter = MlxAdapter.new(self.model, adapter, seed, self._quantized, self._keys)
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
-        kind = config.get("fine_tune_type", "lora")
-        if kind != "lora":
-            raise InputRefused(f"adapter_config.json: fine_tune_type is {kind!r}, expected 'lora'")
-        try:
-            self._add_lora(config["num_layers"], dict(config["lora_parameters"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputRefused(f"adapter_config.json: mlx-lm cannot make these adapter layers: {error}") from error
-        self.load_adapter_state(tensors)
+        self._adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
 
     def adapter_config(self) -> dict[str, Any]:
-        return self._config
-
-    def _add_lora(self, layers: int, parameters: dict[str, Any]) -> None:
-        linear_to_lora_layers = mlx_lm("tuner.utils").linear_to_lora_layers
-
-        linear_to_lora_layers(self.model, layers, {"dropout": 0.0, **parameters})
-        self._config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
-        for _, module in self.model.named_modules():
-            if "lora_a" in module and parameters.get("dropout"):
-                module.dropout = KeyedDropout(parameters["dropout"], self._keys)
-        self.model.eval()  # new modules begin in training mode
-        mx.eval(self.model.parameters())
+        return self._adapter.config
 
     # ---- training
 
     def optimize(self, train: TrainRecipe) -> None:
         self._recipe = train
         self._step = 0
-        self._first = {name: mx.zeros_like(array) for name, array in self._trainable().items()}
-        self._second = dict(self._first)
+        self._state = {name: mx.zeros(shape) for name, shape in state_shapes(train, self._trainable()).items()}
         self._sums = Sums()
         self._gradient: Callable[..., tuple[mx.array, dict[str, mx.array]]]
         self._gradient = mx.value_and_grad(self._summed_loss)
+        self._update: Callable[..., tuple[dict[str, mx.array], dict[str, mx.array]]]
+        self._update = partial(updated, mx, train, self._adapter.b_ratio)
         if self._compiled:
-            self._gradient = mx.compile(self._gradient)
+            self._gradient, self._update = mx.compile(self._gradient), mx.compile(self._update)
+        self._noise = self._keys.number()
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
@@ -145,37 +124,25 @@ class MlxBackend:
         sums, self._sums = self._sums, Sums()
         if not sums.tokens:
             raise ValueError("apply() needs a trained token, but nothing was accumulated")
-        gradient = {name: array / sums.tokens for name, array in sums.gradient.items()}
-        squares = [mx.square(array).sum() for array in gradient.values()]
-        norm = float(np.array(mx.sqrt(mx.stack(squares).sum())))
+        squares = [mx.square(array).sum() for array in sums.gradient.values()]
+        norm = float(np.array(mx.sqrt(mx.stack(squares).sum()))) / sums.tokens
         if not math.isfinite(norm + sums.loss):
             return norm if not math.isfinite(norm) else math.nan
-        if clip_norm is not None and norm > clip_norm:
-            gradient = {name: array * (clip_norm / norm) for name, array in gradient.items()}
+        clipped = clip_norm / norm if clip_norm is not None and norm > clip_norm else 1.0
+        gradient = {name: array * (clipped / sums.tokens) for name, array in sums.gradient.items()}
         self._step += 1
-        self._adamw(gradient, learning_rate)
+        numbers = step_numbers(self._recipe, self._step, learning_rate)
+        arrays = {name: mx.array(number) for name, number in numbers.items()}  # a compiled update takes them anew
+        self._adapter.weights, self._state = self._update(self._trainable(), gradient, self._state, arrays)
+        self._set(self._adapter.weights)
+        mx.eval(self.model.trainable_parameters(), self._adapter.weights, self._state)
         return norm
-
-    def _adamw(self, gradient: dict[str, Any], rate: float) -> None:
-        """One update by AdamW, https://arxiv.org/abs/1711.05101, with bias correction, as torch.optim.AdamW has it."""
-        beta1, beta2, decay = self._recipe.beta1, self._recipe.beta2, self._recipe.weight_decay
-        unbias1, unbias2 = 1 - beta1**self._step, math.sqrt(1 - beta2**self._step)
-        updated = {}
-        for name, array in self._trainable().items():
-            self._first[name] = beta1 * self._first[name] + (1 - beta1) * gradient[name]
-            self._second[name] = beta2 * self._second[name] + (1 - beta2) * mx.square(gradient[name])
-            kept = array * (1 - rate * decay) if array.ndim > 1 else array  # no decay of biases and norms
-            updated[name] = kept - (rate / unbias1) * self._first[name] / (
-                mx.sqrt(self._second[name]) / unbias2 + EPSILON
-            )
-        self._set(updated)
-        mx.eval(updated, self._first, self._second)
 
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         self._train_mode(False)
         losses = np.zeros(batch.tokens.shape, dtype=np.float32)
         inputs = self._loss.inputs(batch, few_shapes=False)
-        losses[:, 1:][batch.mask[:, 1:]] = self._loss.each(inputs, self._trunk)
+        losses[:, 1:][batch.mask[:, 1:]] = self._loss.each(inputs, self._trunk if batch.trunk is not None else None)
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
@@ -184,7 +151,8 @@ class MlxBackend:
         return why_different(self.losses, packed, padded, self.model)
 
     def trunk_layers(self) -> int:
-        return frozen_layers(self._trainable(), self._loss.above_layers)
+        noise = self._recipe.neftune_alpha is not None  # other noise in every epoch
+        return 0 if noise else frozen_layers(self._trainable(), self._loss.above_layers)
 
     def trunk(self, batch: Batch) -> NDArray[Any]:
         self._train_mode(False)
@@ -201,7 +169,7 @@ class MlxBackend:
     def _loss(self) -> Loss:
         """Made when it is first needed: the adapter must be there."""
         if self._loss_of is None:
-            self._loss_of = Loss(self.model)
+            self._loss_of = Loss(self.model, self._set)
             self.notes += [self._loss_of.note] if self._loss_of.note else []
         return self._loss_of
 
@@ -212,8 +180,10 @@ class MlxBackend:
     def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
         self._keys.value = key
-        again, smoothing = self._recipe.checkpoint_activations, 0.0
-        return self._loss.summed(parameters, Inputs(*inputs), self._trunk, again=again, smoothing=smoothing)
+        with ExitStack() as stack:
+            if (alpha := self._recipe.neftune_alpha) is not None:
+                stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
+            return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
 
     def _train_mode(self, training: bool) -> None:
         if self.model.training != training:
@@ -245,29 +215,26 @@ class MlxBackend:
     # ---- state
 
     def adapter_state(self) -> dict[str, NDArray[np.float32]]:
-        return {name: np.array(array.astype(mx.float32)) for name, array in self._trainable().items()}
+        return self._adapter.state()
 
     def load_adapter_state(self, tensors: Tensors) -> None:
-        refuse_mismatch("the adapter", self._trainable(), tensors)
-        self._set({name: mx.array(tensor.astype(np.float32)) for name, tensor in tensors.items()})
+        self._adapter.load(tensors)
 
     def optimizer_state(self) -> dict[str, NDArray[np.float32]]:
-        moments = {"first": self._first, "second": self._second}
-        state = {f"{kind}.{name}": np.array(a) for kind, arrays in moments.items() for name, a in arrays.items()}
+        state = {name: np.array(array) for name, array in self._state.items()}
         return {"step": np.array([self._step], dtype=np.float32), **state}
 
     def load_optimizer_state(self, tensors: Tensors) -> None:
         refuse_mismatch("the optimizer state", self.optimizer_state(), tensors)
-        self._first = {name: mx.array(tensors[f"first.{name}"]) for name in self._first}
-        self._second = {name: mx.array(tensors[f"second.{name}"]) for name in self._second}
+        self._state = {name: mx.array(tensors[name]) for name in self._state}
         self._step = int(tensors["step"][0])
         self._sums = Sums()
 
     def _trainable(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self.model.trainable_parameters()))
+        return self._adapter.weights
 
-    def _set(self, tensors: Mapping[str, mx.array]) -> None:
-        self.model.update(tree_unflatten(list(tensors.items())))
+    def _set(self, weights: Mapping[str, mx.array]) -> None:
+        self._adapter.place(weights)
 
     # ---- facts
 
@@ -276,10 +243,11 @@ class MlxBackend:
 
     def parameters(self) -> tuple[int, int]:
         trained = sum(array.size for array in self._trainable().values())
-        return self._base_parameters + trained, trained
+        return self._base_parameters + self._adapter.added, trained
 
     def close(self) -> None:
         self.model = nn.Module()
+        self._adapter = MlxAdapter(self.model, {})
         mx.clear_cache()
 
 
@@ -294,33 +262,6 @@ class Sums:
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
     batches: int = 0
-
-
-class DropoutKeys:
-    """The random key of the micro-batch that is being trained, for all dropouts of one model."""
-
-    def __init__(self) -> None:
-        self.value: mx.array = mx.random.key(0)
-        self.users = 0
-
-
-class KeyedDropout(nn.Module):  # type: ignore[misc]  # MLX comes without types
-    """Dropout whose zeros depend on the micro-batch's key and this module's number alone.
-
-    nn.Dropout draws from a global state: activations that `mx.checkpoint` computes again then get other zeros than in
-    the forward pass, and the gradient is wrong.
-    """
-
-    def __init__(self, share: float, keys: DropoutKeys) -> None:
-        super().__init__()
-        self._kept, self._keys, self._number = 1 - share, keys, keys.users
-        keys.users += 1
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.training:
-            return x
-        key = mx.random.split(self._keys.value, self._keys.users)[self._number]
-        return mx.where(mx.random.bernoulli(self._kept, x.shape, key=key), x / self._kept, 0)
 
 
 def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
@@ -343,20 +284,6 @@ def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
         return mx.random.categorical(logprobs / sampling.temperature, key=now)
 
     return sample
-
-
-def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors) -> None:
-    """Raises InputRefused with every tensor that is missing, unexpected or of another shape than expected."""
-    shapes = {name: tuple(array.shape) for name, array in expected.items()}
-    problems = [f"{name}: is missing, expected {shape}" for name, shape in shapes.items() if name not in tensors]
-    problems += [f"{name}: the model has no such tensor" for name in tensors if name not in shapes]
-    problems += [
-        f"{name}: got {tensors[name].shape}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise InputRefused("\n  ".join([f"{what} does not fit this model:", *problems]), "Was it made on another base?")
 
 
 def _seed(*words: int) -> int:

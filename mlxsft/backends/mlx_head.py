@@ -18,7 +18,6 @@ load_blas()  # before MLX is imported, which would take its own
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
 from mlxsft.backends.mlx_models import LOADING_ERRORS  # noqa: E402
@@ -34,18 +33,16 @@ TRIED = (2, 8)  # rows and tokens of the trial
 class Head:
     """The end of a model, from the input of its output matrix to the logits."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, place: Callable[[Arrays], None]) -> None:
+        """`place` puts trained numbers into the model."""
+        self._model, self.place = model, place
         in_layers = {id(module) for layer in model.layers for module in layer.modules()}
         heads = {p: m for p, m in model.named_modules() if id(m) not in in_layers and _may_be_head(p, m)}
         self.prefixes = tuple(f"{path}." for path in heads)
         outermost = {p: m for p, m in heads.items() if not p.startswith(self.prefixes)}  # not what an adapter wraps
         self._embeddings = [module for module in outermost.values() if hasattr(module, "as_linear")]
         self._outputs = [module for module in outermost.values() if not hasattr(module, "as_linear")]
-
-    def set(self, parameters: Arrays) -> None:
-        """Put arrays into the model, under their names in it."""
-        self._model.update(tree_unflatten(list(parameters.items())))
+        self.above_layers = tuple(f"{path}." for path, m in outermost.items() if not hasattr(m, "as_linear"))
 
     def hidden(self, tokens: mx.array, **inputs: Any) -> mx.array:
         """The input of the head [B, T, D] for tokens [B, T]. Raises ValueError where no head was called."""
@@ -136,7 +133,7 @@ def summed_loss(
     names = list(parameters)
 
     def loss_of(hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array) -> mx.array:
-        head.set(dict(zip(names, values, strict=True)))
+        head.place(dict(zip(names, values, strict=True)))
         losses = cross_entropy(head.logits(hidden), targets, smoothing)
         return (losses * weights).sum()
 
@@ -169,7 +166,7 @@ def summed_loss(
     values = [parameters[name] for name in names]
     outputs: Any = chunked(hidden, values, targets, weights)
     total: mx.array = outputs[0]
-    head.set(parameters)
+    head.place(parameters)
     return total
 
 

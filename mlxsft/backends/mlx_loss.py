@@ -5,7 +5,7 @@ Here alone inputs are shifted: the loss of `tokens[b, t]` comes from what the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ from mlxsft.backends.mlx_trunk import Trunk, from_numpy  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
+    from mlxsft.recipe_training import TrainRecipe
 
 
 class Inputs(NamedTuple):
@@ -43,9 +44,10 @@ class Inputs(NamedTuple):
 class Loss:
     """The loss of a model's batches. `note` says what this model cannot have, as a sentence."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, place: Callable[[Arrays], None]) -> None:
+        """`place` puts trained numbers into the model."""
         self._model = model
-        self._head: Head | None = Head(model)
+        self._head: Head | None = Head(model, place)
         self.note = ""
         if (why := self._head.why_not()) is not None:
             self._head = None
@@ -54,7 +56,7 @@ class Loss:
     @property
     def above_layers(self) -> tuple[str, ...]:
         """Beginnings of the names of tensors that no layer depends on."""
-        return self._head.prefixes if self._head else ()
+        return self._head.above_layers if self._head else ()
 
     def inputs(self, batch: Batch, *, few_shapes: bool) -> Inputs:
         """The arrays of a batch; with `few_shapes` the number of chosen places is rounded up."""
@@ -76,13 +78,9 @@ class Loss:
                 return np.array(cross_entropy(self._all_logits(inputs), targets))
             return np.array(chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets))
 
-    def summed(
-        self, parameters: Arrays, inputs: Inputs, trunk: Trunk | None, *, again: bool, smoothing: float
-    ) -> mx.array:
-        """Σ loss over the chosen places, differentiable by `parameters`, which are in the model.
-
-        `again`: the layers compute their activations again in the backward pass.
-        """
+    def summed(self, parameters: Arrays, inputs: Inputs, trunk: Trunk | None, train: TrainRecipe) -> mx.array:
+        """Σ loss over the chosen places, differentiable by `parameters`, which are in the model."""
+        again, smoothing = train.checkpoint_activations, train.label_smoothing
         targets = _targets(inputs)
         with self._economical(inputs, trunk, again=again):
             if self._head is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,19 @@ def _is_float32(model: nn.Module) -> bool:
     return all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
 
 
+def quantized_modules(model: nn.Module) -> set[str]:
+    """Paths of the modules whose weights are quantized."""
+    return {path for path, module in model.named_modules() if "scales" in module}
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into vectors. Raises UsageError where it is not found."""
+    embeddings = {path: m for path, m in model.named_modules() if EMBEDDING.search(f"{path}.weight")}
+    if not embeddings:
+        raise UsageError("train.neftune_alpha: the embedding of this model was not found", "Leave this out.")
+    return embeddings[min(embeddings, key=len)]
+
+
 def parameter_count(model: nn.Module) -> int:
     """How many numbers a model has; a quantized one as many as before."""
     return int(mlx_lm("utils").get_total_parameters(model))
@@ -166,24 +180,51 @@ def target_keys(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -
     `self_attn.q_proj`), or the whole path of a module outside the layers (`lm_head`, `model.embed_tokens`). Raises
     UsageError with every name that fits no module.
     """
+    return sorted(_chosen(model, layers, targets, _takes_lora))
+
+
+def own_weights(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -> set[str]:
+    """Names of the model's own floating-point weights that full tuning trains; `all` is all of the chosen layers.
+
+    Else as `target_keys`, with names for norms and everything that holds weights.
+    """
+    keys = _chosen(model, layers, targets, _own_arrays)
+    chosen, modules = {id(layer) for layer in model.layers[-layers:]}, dict(model.named_modules())
+    roots = [f"{path}." for path, module in modules.items() if id(module) in chosen]
+    paths = {f"{root}{key}".rstrip(".") for root in roots for key in keys} | (keys - {""})
+    return {f"{path}.{leaf}" for path in paths & modules.keys() for leaf in _own_arrays(modules[path])}
+
+
+def _chosen(
+    model: nn.Module, layers: int, targets: str | tuple[str, ...], takes: Callable[[nn.Module], object]
+) -> set[str]:
+    """Paths of the modules that are targets, inside a layer or from the root; `takes` says which modules can be."""
     chosen = model.layers[-layers:]
-    inside = {path for layer in chosen for path, module in layer.named_modules() if _takes_lora(module)}
-    if targets == "all-linear":
-        routers = {path for layer in chosen for path in _routers(layer)}
-        embeddings = {path for layer in chosen for path, module in layer.named_modules() if _is_embedding(module)}
-        return sorted(inside - routers - embeddings)
+    inside = {path for layer in chosen for path, module in layer.named_modules() if takes(module)}
+    linear = {path for layer in chosen for path, module in layer.named_modules() if _takes_lora(module)}
+    embeddings = {path for layer in chosen for path, module in layer.named_modules() if _is_embedding(module)}
+    routers = {path for layer in chosen for path in _routers(layer)}
     in_layers = {id(module) for layer in model.layers for module in layer.modules()}
-    outside = {path for path, m in model.named_modules() if id(m) not in in_layers and _takes_lora(m)}
-    found = {name: {p for p in inside if f".{p}".endswith(f".{name}")} | (outside & {name}) for name in targets}
+    outside = {path for path, m in model.named_modules() if id(m) not in in_layers and takes(m)}
+    names = (targets,) if isinstance(targets, str) else targets
+    found = {name: {p for p in inside if f".{p}".endswith(f".{name}")} | (outside & {name}) for name in names}
+    groups = {"all": inside, "all-linear": linear - routers - embeddings}
+    found |= {name: paths for name, paths in groups.items() if name in names}
     if unknown := [name for name, paths in found.items() if not paths]:
-        names = sorted({path.rpartition(".")[2] for path in inside} | outside)
-        guesses = [guess for name in unknown for guess in get_close_matches(name, names, n=1)]
+        known = sorted({path.rpartition(".")[2] for path in inside if path} | outside)
+        guesses = [guess for name in unknown for guess in get_close_matches(name, known, n=1)]
         meant = f"; did you mean {', '.join(guesses)}?" if guesses else ""
         raise UsageError(
             f"adapter.targets: no module of the chosen layers is named {', '.join(unknown)}{meant}",
-            f"There are: {', '.join(names)}.",
+            f"There are: {', '.join(known)}.",
         )
-    return sorted(set().union(*found.values()))
+    return set().union(*found.values())
+
+
+def _own_arrays(module: nn.Module) -> list[str]:
+    """Names of the floating-point arrays that a module itself holds as parameters."""
+    arrays = {name: value for name, value in module.items() if isinstance(value, mx.array) and name[0] != "_"}
+    return [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
 
 
 def _takes_lora(module: nn.Module) -> bool:

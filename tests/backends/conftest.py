@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from mlxsft.backends.mlx import MlxBackend, mx
+from mlxsft.backends.mlx_models import mlx_lm
 from mlxsft.data.batches import Batch
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
@@ -31,26 +35,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return open_model(str(write_llama(tmp_path_factory.mktemp("llama"))))
 
 
+def training(
+    source: ModelSource, adapter: AdapterRecipe = ADAPTER, *, learned: bool = True, **train: object
+) -> MlxBackend:
+    """A backend that trains, with fields of TrainRecipe."""
+    backend = MlxBackend(source)
+    backend.attach(adapter, seed=0)
+    if learned:
+        backend.load_adapter_state(learned_adapter(backend))
+    backend.optimize(TrainRecipe.model_validate({"steps": 1, **train}))
+    return backend
+
+
 @pytest.fixture
 def trainer(llama: ModelSource) -> Callable[..., MlxBackend]:
-    """A backend that trains: `trainer(adapter, learned=True, source=…, targets=…, **fields of TrainRecipe)`."""
-
-    def make(
-        adapter: AdapterRecipe = ADAPTER,
-        *,
-        learned: bool = True,
-        source: ModelSource = llama,
-        targets: tuple[str, ...] | None = None,
-        **train: object,
-    ) -> MlxBackend:
-        backend = MlxBackend(source)
-        backend.attach(adapter.model_copy(update={"targets": targets}) if targets else adapter, seed=0)
-        if learned:
-            backend.load_adapter_state(learned_adapter(backend))
-        backend.optimize(TrainRecipe.model_validate({"steps": 1, **train}))
-        return backend
-
-    return make
+    """`training` of the llama: `trainer(adapter, learned=True, **fields of TrainRecipe)`."""
+    return partial(training, llama)
 
 
 @pytest.fixture
@@ -70,7 +70,20 @@ def peak_of() -> Callable[[Callable[[], object]], int]:
 def learned_adapter(backend: MlxBackend, seed: int = 1) -> dict[str, np.ndarray]:
     """Adapter tensors as they may be after some training: a B of zeros would hide half of the gradient."""
     rng = np.random.default_rng(seed)
-    return {n: (0.05 * rng.standard_normal(t.shape)).astype(np.float32) for n, t in backend.adapter_state().items()}
+    learned = {}
+    for name, tensor in backend.adapter_state().items():
+        noise = (0.05 * rng.standard_normal(tensor.shape)).astype(np.float32)
+        learned[name] = noise if ".lora_" in name else tensor + noise
+    return learned
+
+
+def losses_of(backend: MlxBackend, steps: int = 8, rate: float = 1e-2, vocabulary: int = 256) -> list[float]:
+    """The summed loss before each of some updates on the same batch."""
+    batch, found = make_batch(vocabulary=vocabulary), []
+    for _ in range(steps):
+        found.append(backend.accumulate(batch)[0])
+        backend.apply(rate, 1.0)
+    return found
 
 
 def make_batch(rows: int = 8, width: int = 12, *, vocabulary: int = 256, seed: int = 0) -> Batch:
@@ -87,3 +100,28 @@ def make_batch(rows: int = 8, width: int = 12, *, vocabulary: int = 256, seed: i
 def rows_of(batch: Batch, size: int) -> list[Batch]:
     """The batch in groups of `size` rows."""
     return [Batch(batch.tokens[i : i + size], batch.mask[i : i + size]) for i in range(0, len(batch.tokens), size)]
+
+
+def quantized_llama(folder: Path, bits: int = 4, mode: str = "affine", dtype: str = "bfloat16") -> ModelSource:
+    """A llama that mlx-lm has quantized."""
+    source = write_llama(folder / "base")
+    mlx_lm("utils")
+    from mlx_lm.convert import convert
+
+    out = str(folder / "mlx")
+    convert(
+        str(source),
+        out,
+        quantize=True,
+        q_bits=bits,
+        q_group_size=16 if mode == "nvfp4" else 32,
+        q_mode=mode,
+        dtype=dtype,
+    )
+    return open_model(out)
+
+
+def leave_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models stay in their own number format, as they do on a GPU."""
+    little = psutil.virtual_memory()._replace(available=100_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)

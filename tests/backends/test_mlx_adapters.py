@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlxsft.backends import initial_lora_a
-from mlxsft.backends.mlx import MlxBackend, mx
+from mlxsft.backends.initial_values import initial_lora_a
+from mlxsft.backends.mlx import MlxBackend, mx, nn
 from mlxsft.backends.mlx_models import mlx_lm, target_keys
 from mlxsft.data.batches import Batch
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import load_adapter, save_adapter
 from mlxsft.models.source import ModelSource
-from mlxsft.recipe_training import AdapterRecipe
-from tests.backends.conftest import learned_adapter, make_batch
+from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
+from tests.backends.conftest import learned_adapter, losses_of, make_batch
 
 Trainer = Callable[..., MlxBackend]
 LINEAR = [
@@ -59,6 +59,11 @@ def test_a_new_adapter_changes_nothing_and_begins_as_the_seam_says(llama: ModelS
         (1, ("self_attn.v_proj", "up_proj"), {"model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj"}),
         (1, ("model.embed_tokens",), {"model.embed_tokens"}),
         (1, ("o_proj", "model.embed_tokens"), {"model.layers.1.self_attn.o_proj", "model.embed_tokens"}),
+        (
+            1,
+            ("all-linear", "model.embed_tokens"),
+            {"model.embed_tokens", *(f"model.layers.1.{path}" for path in LINEAR)},
+        ),
     ],
 )
 def test_targets(trainer: Trainer, layers: Any, targets: Any, expected: set[str]) -> None:
@@ -113,19 +118,51 @@ def test_all_linear_takes_the_experts_and_leaves_the_router(mixture: Any) -> Non
     assert target_keys(mixture, 1, ("lm_head",)) == ["lm_head"]
 
 
-def test_experts_are_trained(mixture: Any, trainer: Trainer) -> None:
+def with_experts(trainer: Trainer, mixture: Any, adapter: AdapterRecipe, **train: Any) -> MlxBackend:
     backend = trainer()
-    backend.model = mixture
-    backend.attach(AdapterRecipe(rank=2, alpha=4.0, dropout=0.1), seed=0)
-    name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.lora_a"
-    assert np.array_equal(backend.adapter_state()[name], initial_lora_a(name, 0, (4, 2, 32)))
-    backend.optimize(SimpleNamespace(seed=0, beta1=0.9, beta2=0.999, weight_decay=0.0, checkpoint_activations=True))
-    batch = make_batch(vocabulary=64)
-    losses = []
-    for _ in range(10):
-        losses.append(backend.accumulate(batch)[0])
-        backend.apply(1e-2, 1.0)
+    backend.model = copy.deepcopy(mixture)
+    backend.attach(adapter, seed=0)
+    backend.optimize(TrainRecipe(checkpoint_activations=True, **train))
+    return backend
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"init": "pissa"}, {"kind": "full"}], ids=str)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_experts_are_trained(mixture: Any, trainer: Trainer, settings: dict[str, Any], bits: int | None) -> None:
+    if bits is not None and "kind" in settings:
+        return
+    base = copy.deepcopy(mixture)
+    if bits is not None:
+        nn.quantize(base, group_size=32, bits=bits)
+    lora = {"rank": 2, "alpha": 4.0} if "kind" not in settings else {}
+    backend = with_experts(trainer, base, AdapterRecipe.model_validate(settings | lora))
+    if "dropout" in settings:
+        name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.lora_a"
+        assert np.array_equal(backend.adapter_state()[name], initial_lora_a(name, 0, (4, 2, 32)))
+    before = base(mx.array([[3, 4, 5]]))
+    np.testing.assert_allclose(np.array(backend.model(mx.array([[3, 4, 5]]))), np.array(before), atol=1e-5)
+    losses = losses_of(backend, steps=10, vocabulary=64)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_muon_trains_a_stack_of_experts(mixture: Any, trainer: Trainer) -> None:
+    losses = losses_of(with_experts(trainer, mixture, AdapterRecipe(rank=2), optimizer="muon"), vocabulary=64)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_experts_take_no_dora(mixture: Any, trainer: Trainer) -> None:
+    with pytest.raises(UsageError, match=r"switch_mlp\.\w+ takes no DoRA: .* LoRASwitchLinear"):
+        with_experts(trainer, mixture, AdapterRecipe(kind="dora"))
+    attention = AdapterRecipe(kind="dora", targets=("q_proj", "v_proj"))
+    losses = losses_of(with_experts(trainer, mixture, attention), vocabulary=64)
+    assert losses[-1] < losses[0]
+
+
+def test_full_tuning_of_all_takes_the_router_too(mixture: Any, trainer: Trainer) -> None:
+    router = "model.layers.0.block_sparse_moe.gate.weight"
+    assert router in with_experts(trainer, mixture, AdapterRecipe(kind="full")).adapter_state()
+    linear = AdapterRecipe(kind="full", targets="all-linear")
+    assert router not in with_experts(trainer, mixture, linear).adapter_state()
 
 
 # ---- in and out -----------------------------------------------------------------------------------------------------
@@ -176,7 +213,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_tensor(llama: ModelS
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fine_tune_type": "dora", "num_layers": 1, "lora_parameters": {}}, "fine_tune_type is 'dora'"),
+        ({"fine_tune_type": "ia3", "num_layers": 1, "lora_parameters": {}}, "fine_tune_type is 'ia3'"),
         ({"num_layers": 1}, "lora_parameters"),
         ({"num_layers": 1, "lora_parameters": {"rank": 4, "alpha": 8}}, "'alpha' instead"),
         ({"num_layers": 1, "lora_parameters": {"rank": 4, "scale": 1.0, "keys": ["mlp"]}}, "MLP"),
@@ -199,6 +236,6 @@ def test_training_goes_on_from_a_saved_adapter(llama: ModelSource, trainer: Trai
     second.attach_saved(first.adapter_config(), learned_adapter(first))
     assert second.parameters() == first.parameters()
     batch: Batch = make_batch()
-    second.optimize(SimpleNamespace(seed=0, beta1=0.9, beta2=0.999, weight_decay=0.0, checkpoint_activations=False))
+    second.optimize(TrainRecipe())
     assert second.accumulate(batch) == first.accumulate(batch)
     assert second.apply(1e-3, 1.0) == first.apply(1e-3, 1.0)

@@ -14,8 +14,8 @@ from mlxsft.backends.mlx_head import Head, chunked_losses, cross_entropy, summed
 from mlxsft.data.batches import Batch
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
-from tests.backends.conftest import make_batch
-from tests.backends.test_mlx_training import Trainer, largest_difference, run
+from tests.backends.conftest import ADAPTER, make_batch, training
+from tests.backends.test_mlx_training import largest_difference, run
 from tests.tiny import write_llama
 
 
@@ -51,7 +51,7 @@ def test_a_loss_of_a_thousand_nats_is_finite() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 5, 8, 100])
 def test_chunks_of_any_size_give_the_same(llama: ModelSource, rows: int) -> None:
     model = MlxBackend(llama).model
-    head = Head(model)
+    head = Head(model, model.update)
     assert head.why_not() is None
     rng = np.random.default_rng(1)
     hidden = mx.array(rng.standard_normal((8, model.args.hidden_size)).astype(np.float32))
@@ -71,9 +71,9 @@ def test_chunks_of_any_size_give_the_same(llama: ModelSource, rows: int) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_twenty_updates_with_chunks_are_those_with_whole_logits(tmp_path: Path, trainer: Trainer, tied: bool) -> None:
+def test_twenty_updates_with_chunks_are_those_with_whole_logits(tmp_path: Path, tied: bool) -> None:
     folder = write_llama(tmp_path, tied=tied)
-    chunked, whole = trainer(source=open_model(str(folder))), trainer(source=open_model(str(folder)))
+    chunked, whole = training(open_model(str(folder))), training(open_model(str(folder)))
     assert chunked._loss._head is not None
     chunked._loss._head.chunk_rows = 5
     whole._loss._head = None
@@ -85,10 +85,10 @@ def test_twenty_updates_with_chunks_are_those_with_whole_logits(tmp_path: Path, 
     assert drift.mean() < 1e-7
 
 
-def test_an_adapter_on_the_head_learns_from_every_chunk(tmp_path: Path, trainer: Trainer) -> None:
+def test_an_adapter_on_the_head_learns_from_every_chunk(tmp_path: Path) -> None:
     source = open_model(str(write_llama(tmp_path, tied=False)))
-    targets = ("q_proj", "lm_head")
-    chunked, whole = trainer(targets=targets, source=source), trainer(targets=targets, source=source)
+    adapter = ADAPTER.model_copy(update={"targets": ("q_proj", "lm_head")})
+    chunked, whole = training(source, adapter), training(source, adapter)
     assert chunked._loss._head is not None
     chunked._loss._head.chunk_rows = 5
     whole._loss._head = None
@@ -128,10 +128,11 @@ class TwoHeads(nn.Module):
 
 
 def test_a_head_that_cannot_be_called_alone_is_found_out() -> None:
-    assert Head(TwoHeads()).why_not() == "its head is called 2 times"
+    assert Head(TwoHeads(), dict).why_not() == "its head is called 2 times"
 
 
 def test_chunks_have_the_stated_size(llama: ModelSource) -> None:
-    head = Head(MlxBackend(llama).model)
+    model = MlxBackend(llama).model
+    head = Head(model, model.update)
     head.why_not()
     assert head.chunk_rows * 4 * llama.config["vocab_size"] <= mlx_head.CHUNK_BYTES

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -20,7 +19,7 @@ from mlxsft.backends.mlx_models import mlx_lm
 from mlxsft.errors import InputRefused
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import AdapterRecipe, TrainRecipe
-from tests.backends.conftest import make_batch
+from tests.backends.conftest import leave_little_memory, make_batch, quantized_llama
 from tests.tiny import write_llama, write_tokenizer
 
 
@@ -109,17 +108,6 @@ def test_gpt2_is_trained(gpt2: Path) -> None:
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def quantized_llama(folder: Path, bits: int = 4, mode: str = "affine") -> ModelSource:
-    """A llama that mlx-lm has quantized, in bfloat16."""
-    source = write_llama(folder / "base")
-    mlx_lm("utils")
-    from mlx_lm.convert import convert
-
-    out = str(folder / "mlx")
-    convert(str(source), out, quantize=True, q_bits=bits, q_group_size=32, q_mode=mode, dtype="bfloat16")
-    return open_model(out)
-
-
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (3, "affine"), (8, "affine"), (4, "mxfp4")])
 def test_a_quantized_base_becomes_float32_once(tmp_path: Path, bits: int, mode: str) -> None:
     source = quantized_llama(tmp_path, bits, mode)
@@ -142,8 +130,7 @@ def test_a_half_precision_base_becomes_float32(tmp_path: Path) -> None:
 
 def test_where_memory_does_not_suffice_the_base_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = quantized_llama(tmp_path)
-    little = psutil.virtual_memory()._replace(available=100_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    leave_little_memory(monkeypatch)
     backend = MlxBackend(source)
     (note,) = [n for n in backend.notes if n != BLAS_HINT]
     assert "stays in its own number format" in note

@@ -80,6 +80,17 @@ def test_accumulate_returns_the_sum_of_the_losses(trainer: Trainer) -> None:
     assert loss == pytest.approx(float(backend.losses(batch).sum()), rel=1e-6)
 
 
+def test_label_smoothing_is_pytorchs_and_stays_out_of_validation(llama: ModelSource, trainer: Trainer) -> None:
+    backend, batch = trainer(label_smoothing=0.1, learned=False), make_batch()
+    assert np.array_equal(backend.losses(batch), trainer(learned=False).losses(batch))
+    tokens = torch.from_numpy(batch.tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = reference(llama.folder)(tokens).logits[:, :-1].transpose(1, 2)
+    smooth = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none", label_smoothing=0.1)
+    expected = float((smooth * torch.from_numpy(batch.mask[:, 1:])).sum())
+    assert backend.accumulate(batch)[0] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- the gradient ---------------------------------------------------------------------------------------------------
 
 

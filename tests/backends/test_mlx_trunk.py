@@ -11,8 +11,7 @@ from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.backends.mlx_trunk import from_numpy, frozen_layers, to_numpy
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe_training import AdapterRecipe
-from tests.backends.conftest import make_batch, rows_of
-from tests.backends.test_mlx_training import Trainer
+from tests.backends.conftest import make_batch, rows_of, training
 from tests.tiny import write_llama
 
 UPPER = AdapterRecipe(rank=4, alpha=8.0, layers=2)
@@ -25,8 +24,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 
 @pytest.mark.parametrize("way", ["buckets", "in a new process's cache"])
-def test_twenty_updates_with_the_trunk_kept_are_those_without(trainer: Trainer, deep: ModelSource, way: str) -> None:
-    plain, kept = trainer(UPPER, source=deep), trainer(UPPER, source=deep)
+def test_twenty_updates_with_the_trunk_kept_are_those_without(deep: ModelSource, way: str) -> None:
+    plain, kept = training(deep, UPPER), training(deep, UPPER)
     assert kept.trunk_layers() == 3
     if way != "buckets":
         kept.release_trunk()
@@ -43,8 +42,8 @@ def test_twenty_updates_with_the_trunk_kept_are_those_without(trainer: Trainer, 
     assert drift.mean() < 1e-7
 
 
-def test_released_layers_take_no_memory_until_an_answer_needs_them(trainer: Trainer, deep: ModelSource) -> None:
-    backend = trainer(UPPER, source=deep)
+def test_released_layers_take_no_memory_until_an_answer_needs_them(deep: ModelSource) -> None:
+    backend = training(deep, UPPER)
     batch = make_batch()
     expected = backend.losses(batch)
     given = replace(batch, trunk=backend.trunk(batch))

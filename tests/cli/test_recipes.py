@@ -94,8 +94,8 @@ def test_import_into_a_folder_that_is_not_there_is_a_sentence(mlx_lm: Path, tmp_
 
 
 def test_a_refused_import_leaves_no_file(mlx_lm: Path, tmp_path: Path) -> None:
-    mlx_lm.write_text(mlx_lm.read_text() + "fine_tune_type: dora\n")
-    assert "dora" in refused("import", mlx_lm, "--out", tmp_path / "x.yaml").message
+    mlx_lm.write_text(mlx_lm.read_text() + "optimizer: muon\n")
+    assert "muon" in refused("import", mlx_lm, "--out", tmp_path / "x.yaml").message
     assert not (tmp_path / "x.yaml").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llam
     assert same_adapter(tmp_path / "run", tmp_path / "straight")
     steps = [[(s["step"], s["loss"]) for s in events(tmp_path / n, "step")] for n in ("run", "straight")]
     assert steps[0] == steps[1]  # no step is told twice
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimizer"),
+    [
+        ({"kind": "dora", "rank": 4, "rslora": True}, "lion"),
+        ({"kind": "full", "targets": ["all", "model.embed_tokens"]}, "muon"),
+        ({"init": "pissa", "rank": 4, "loraplus_lr_ratio": 4.0}, "adafactor"),
+    ],
+)
+def test_every_kind_goes_on_to_the_same_adapter_and_answers(
+    tmp_path: Path, tiny_llama: Path, adapter: dict[str, Any], optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, adapter=adapter, train__optimizer=optimizer, train__neftune_alpha=5.0)
+    run = tmp_path / "run"
+    assert call(["train", str(recipe), "--out", str(run)]) == 0
+    straight = (run / "adapters.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    (run / "adapters.safetensors").unlink()
+    assert call(["train", str(recipe), "--out", str(run), "--resume"]) == 0
+    assert [e["step"] for e in events(run, "start")] == [0, 4]
+    assert (run / "adapters.safetensors").read_bytes() == straight
+    capsys.readouterr()
+    assert call(["generate", str(tiny_llama), "hello", "--adapter", str(run), "--max-tokens", "3"]) == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, finished: Path) -> None:

@@ -1,0 +1,37 @@
+"""The numbers that an adapter starts with: the same on every backend, from name, seed and weight alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUBSPACE_ITERATIONS, OVERSAMPLING = 8, 16
+
+
+def initial_lora_a(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The first value of a LoRA A, from its tensor name and the seed alone: uniform within ±1/√inputs.
+
+    `shape` is mlx-lm's: [inputs, rank], or [experts, rank, inputs]. Both backends start with the same numbers.
+    """
+    inputs = shape[0] if len(shape) == 2 else shape[-1]
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
+    bound = 1 / np.sqrt(inputs)
+    values = np.random.default_rng([seed, *words.tolist()]).uniform(-bound, bound, shape)
+    return values.astype(np.float32)
+
+
+def principal_factors(matrix: NDArray[np.float32], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """[m, rank] and [rank, n], of equal norms, whose product is the nearest of that rank to a matrix [m, n].
+
+    PiSSA starts there, https://arxiv.org/abs/2404.02948. By subspace iteration, algorithm 4.4 of
+    https://arxiv.org/abs/0909.4061, since a whole decomposition of a model's matrices would take hours.
+    """
+    columns = min(rank + OVERSAMPLING, *matrix.shape)
+    basis = np.random.default_rng(0).standard_normal((matrix.shape[1], columns)).astype(np.float32)
+    for _ in range(SUBSPACE_ITERATIONS):
+        basis = np.linalg.qr(matrix.T @ np.linalg.qr(matrix @ basis)[0])[0]
+    left, values, right = np.linalg.svd(matrix @ basis, full_matrices=False)
+    roots = np.sqrt(values[:rank])
+    return left[:, :rank] * roots, roots[:, None] * (right[:rank] @ basis.T)
