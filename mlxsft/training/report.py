@@ -14,7 +14,18 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mlxsft.terminal import printable
-from mlxsft.training.events import Evaluated, Event, Finished, LeftOutRows, Noted, Sampled, Saved, Started, Stepped
+from mlxsft.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    LeftOutRows,
+    Noted,
+    RolledBack,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
 
 _LINE_SECONDS = 10.0  # how often a plain line is written
 _SAMPLE_WIDTH = 160  # characters of an answer that are shown; events.jsonl has the whole
@@ -220,6 +231,11 @@ def event_line(event: Event) -> str:
             return f"step {event.step}  {printable(repr(event.prompt))} → {printable(repr(answer))}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
+        case RolledBack():
+            return (
+                f"step {event.step}  {event.reason}: back to step {event.to_step}, "
+                f"and on at {event.rate_factor:g} of the learning rate"
+            )
         case Finished():
             return finish_line(event)
     return ""
