@@ -129,8 +129,11 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_start(self, recipe_yaml: str, lock: Mapping[str, Any]) -> None:
-        atomic_write(self.recipe, recipe_yaml.encode())
-        atomic_write(self.lock, (json.dumps(lock, indent=2, ensure_ascii=False) + "\n").encode())
+        """What the run is and stands on, where it is not there yet; the recipe last: with it the run has begun."""
+        lock_json = json.dumps(lock, indent=2, ensure_ascii=False) + "\n"
+        for path, text in ((self.lock, lock_json), (self.recipe, recipe_yaml)):
+            if not path.exists() or path.read_bytes() != text.encode():
+                atomic_write(path, text.encode())
 
     def read_lock(self) -> dict[str, Any]:
         """What the run began with. Raises InputRefused for a lock.json that cannot be read."""
@@ -161,8 +164,9 @@ class RunFolder:
             (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=0
         )
         kept = [event for i, event in enumerate(events) if i <= made or getattr(event, "step", 0) <= step]
-        if events:
-            atomic_write(self.events, "".join(f"{event.to_json()}\n" for event in kept).encode())
+        text = "".join(f"{event.to_json()}\n" for event in kept).encode()
+        if events and text != self.events.read_bytes():
+            atomic_write(self.events, text)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +226,8 @@ class RunFolder:
             if step > checkpoint.progress.step:
                 self._drop(step)
         if checkpoint.progress.step:
-            save_adapter(self.path, checkpoint.adapter, config)
+            if not self.has_adapter_of(checkpoint, config):
+                save_adapter(self.path, checkpoint.adapter, config)
         else:
             for name in (WEIGHTS, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
@@ -240,15 +245,15 @@ class RunFolder:
                 refused.append(f"checkpoint {self._folder(step).name} is damaged and passed over: {why}")
         return None, refused
 
-    def has_adapter_of(self, checkpoint: Checkpoint) -> bool:
-        """Whether the run's adapter is there and that of the checkpoint."""
+    def has_adapter_of(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> bool:
+        """Whether the run's adapter is there and that of the checkpoint, with this `config` where one is given."""
         try:
-            tensors = load_adapter(self.path).tensors
+            adapter = load_adapter(self.path)
         except InputRefused:
             return False
-        return tensors.keys() == checkpoint.adapter.keys() and all(
-            np.array_equal(tensor, checkpoint.adapter[name]) for name, tensor in tensors.items()
-        )
+        if adapter.tensors.keys() != checkpoint.adapter.keys() or config not in (None, adapter.config):
+            return False
+        return all(np.array_equal(tensor, checkpoint.adapter[name]) for name, tensor in adapter.tensors.items())
 
     def steps(self) -> list[int]:
         """The steps that are saved, the newest first."""
