@@ -7,6 +7,7 @@ Nothing of MLX or of the tokenizer has run before the fork, so no thread of thei
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -83,14 +84,16 @@ def serve() -> None:
 
 def import_everything() -> None:
     """What a run of a Llama imports; slow, and so done once."""
-    import mlx_lm.generate
-    import mlx_lm.models.cache
-    import mlx_lm.models.llama
-    import mlx_lm.tuner.utils
-    import transformers.models.llama.configuration_llama  # noqa: F401
-
-    import mlxsft.backends.mlx
-    import mlxsft.training.run  # noqa: F401
+    for name in (
+        "mlx_lm.generate",
+        "mlx_lm.models.cache",
+        "mlx_lm.models.llama",
+        "mlx_lm.tuner.utils",
+        "mlxsft.backends.mlx",
+        "mlxsft.training.run",
+        "transformers.models.llama.configuration_llama",
+    ):
+        importlib.import_module(name)
 
 
 def train(job: Job, said: int) -> int:

@@ -17,7 +17,6 @@ from mlxsft.training.run import run_training
 from mlxsft.training.schedule import loss_limit
 from tests.training.test_run import events, same_adapter, write_recipe, write_rows
 
-
 OVERFLOW = {
     "train__learning_rate": 1.25e18, "train__schedule": "constant", "train__warmup": 0, "train__steps": 12,
     "save__every": 100,
