@@ -150,7 +150,7 @@ class RunFolder:
     def _told(self) -> Iterator[Event]:
         """The events so far, without a line that a kill cut off."""
         if self.events.exists():
-            for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self.events.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with suppress(ValueError):
                     yield from_json(line)
 
@@ -191,12 +191,16 @@ class RunFolder:
         self._write(target, {WEIGHTS: _bytes(adapter), "state.safetensors": _bytes(optimizer)}, progress)
         if progress.step:
             save_adapter(self.path, adapter, config)
+        self.drop_old(keep, planned)
+        return target
+
+    def drop_old(self, keep: int, planned: Callable[[int], bool]) -> None:
+        """Remove all checkpoints but the newest and the newest planned ones, `keep` of each."""
         steps = self.steps()
         kept = {*steps[:keep], *[step for step in steps if planned(step)][:keep]}
         for step in steps:
             if step not in kept:
                 self._drop(step)
-        return target
 
     def _write(self, target: Path, files: dict[str, bytes], progress: Progress) -> None:
         files = {**files, "manifest.json": _manifest(files, progress)}
@@ -220,12 +224,12 @@ class RunFolder:
             os.replace(self._folder(step), gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def go_back(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-        """Remove the checkpoints behind this one, and make its adapter the run's."""
+    def go_back(self, checkpoint: Checkpoint | None, config: Mapping[str, Any]) -> None:
+        """Remove the checkpoints behind this one (all, where it is None), and make its adapter the run's."""
         for step in self.steps():
-            if step > checkpoint.progress.step:
+            if checkpoint is None or step > checkpoint.progress.step:
                 self._drop(step)
-        if checkpoint.progress.step:
+        if checkpoint is not None and checkpoint.progress.step:
             if not self.has_adapter_of(checkpoint, config):
                 save_adapter(self.path, checkpoint.adapter, config)
         else:

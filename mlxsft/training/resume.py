@@ -64,7 +64,7 @@ def check_same(
     message = "\n".join([f"{folder.path}: this is not the run that began in this folder:", *lines])
     hint = f"Resume with {folder.recipe} and everything as it was, or begin a new run with another --out."
     if not any(d.why_not for d in wrong):
-        options = " ".join(f"--allow-change {d.name}" for d in wrong)
+        options = " ".join(dict.fromkeys(f"--allow-change {_setting(d.name)}" for d in wrong))
         hint = f"If that is what you want, add {options}; {folder.recipe} has the settings as they were."
     raise (UsageError if any(d in settings for d in wrong) else InputRefused)(message, hint)
 
@@ -84,9 +84,9 @@ def _settings_changed(before: Recipe, now: Recipe, same_files: Mapping[str, str]
         then, value = old.get(name), new.get(name)
         if then == value or (isinstance(then, str) and same_files.get(then) == value):
             continue
-        section, _, last = name.partition("[")[0].rpartition(".")
+        setting = _setting(name)
         part = {part for part, choices in PARTS.items() if name.startswith(choices)}
-        names = {name, f"{section}.{last}".strip("."), section, *part} | (_LENGTH if name in _LENGTH else set())
+        names = {setting, setting.partition(".")[0], *part} | (_LENGTH if name in _LENGTH else set())
         yield Difference(name, f"{name}: {shown(then)} → {shown(value)}", frozenset(names), FIXED.get(name))
 
 
@@ -121,7 +121,7 @@ def _equal(part: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _named(name: str, recipe: Recipe) -> str:
     """The full name of what `--allow-change` names, by all of it or its last part; UsageError for no such name."""
-    settings = {path.partition("[")[0] for path, _ in _flat(recipe.model_dump(mode="json"))}
+    settings = {_setting(path) for path, _ in _flat(recipe.model_dump(mode="json"))}
     if name in settings or name in PARTS:
         return name
     meant = sorted(path for path in settings if path.rpartition(".")[2] == name)
@@ -131,6 +131,11 @@ def _named(name: str, recipe: Recipe) -> str:
     raise UsageError(
         f"--allow-change {name}: {problem}", f"Settings go by their names in the recipe; else {', '.join(PARTS)}."
     )
+
+
+def _setting(name: str) -> str:
+    """The setting that a value belongs to: `data.train` for one of its sources."""
+    return "data.train" if name.startswith(("data.train[", "data.train.")) else name
 
 
 def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:

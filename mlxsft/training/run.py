@@ -93,9 +93,8 @@ class Ready:
     packed: bool
 
     def events(self) -> Iterator[Event]:
-        progress = Progress()
-        if self.checkpoint is not None:
-            progress = self._load(self.checkpoint)
+        progress = self._load(self.checkpoint)
+        self.folder.drop_old(self.recipe.save.keep, self._planned)
         yield self._started(progress)
         for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
             yield Noted(note)
@@ -121,22 +120,25 @@ class Ready:
 
     def _save(self, progress: Progress) -> Event:
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
-        planned = Plan.of(self.recipe, len(self.dataset.train)).saves
         keep = self.recipe.save.keep
-        path = self.folder.save(state, self._config(), optimizer, progress, keep=keep, planned=planned)
+        path = self.folder.save(state, self._config(), optimizer, progress, keep=keep, planned=self._planned)
         return Saved(progress.step, str(path))
 
-    def _load(self, checkpoint: Checkpoint) -> Progress:
-        """Model and run folder at a checkpoint, and nothing behind it."""
-        self.backend.load_adapter_state(checkpoint.adapter)
-        self.backend.load_optimizer_state(checkpoint.optimizer)
+    def _planned(self, step: int) -> bool:
+        """Whether the uninterrupted run saves after this step."""
+        return Plan.of(self.recipe, len(self.dataset.train)).saves(step)
+
+    def _load(self, checkpoint: Checkpoint | None) -> Progress:
+        """Model and run folder at a checkpoint, or at the start, and nothing behind it."""
+        if checkpoint is not None:
+            self.backend.load_adapter_state(checkpoint.adapter)
+            self.backend.load_optimizer_state(checkpoint.optimizer)
         self.folder.go_back(checkpoint, self._config())
-        return checkpoint.progress
+        return Progress() if checkpoint is None else checkpoint.progress
 
     def _go_back(self, step: int) -> Progress | None:
         """Load the newest checkpoint up to `step`, a planned one if there is any, and drop those behind it."""
-        planned = Plan.of(self.recipe, len(self.dataset.train)).saves
-        checkpoint, _ = self.folder.newest(lambda s: s <= step and planned(s))
+        checkpoint, _ = self.folder.newest(lambda s: s <= step and self._planned(s))
         if checkpoint is None:
             checkpoint, _ = self.folder.newest(lambda s: s <= step)
         return None if checkpoint is None else self._load(checkpoint)
