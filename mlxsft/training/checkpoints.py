@@ -245,8 +245,7 @@ class RunFolder:
             try:
                 return _load(self._folder(step)), refused
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-                why = f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else error
-                refused.append(f"checkpoint {self._folder(step).name} is damaged and passed over: {why}")
+                refused.append(f"checkpoint {self._folder(step).name} is damaged and passed over: {_what(error)}")
         return None, refused
 
     def has_adapter_of(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> bool:
@@ -287,10 +286,17 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _what(error: Exception) -> str:
+    """What is wrong with a checkpoint that raised this when it was loaded."""
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return f"manifest.json is none of ours ({error!r})" if isinstance(error, (KeyError, TypeError)) else str(error)
+
+
 def _load(folder: Path) -> Checkpoint:
     """The checkpoint, of which every bit was hashed. Raises OSError, ValueError and what a broken manifest raises."""
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if facts.pop("manifest_sha256") != _sha256(_canonical(facts)):
+    if facts.pop("manifest_sha256", None) != _sha256(_canonical(facts)):
         raise ValueError("manifest.json does not match its hash")
     read = {name: (folder / name).read_bytes() for name in facts["sha256"]}
     for name, data in read.items():

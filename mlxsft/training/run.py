@@ -16,7 +16,7 @@ from mlxsft.chat.generate import Sampling, answer_text
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer, load_renderer
-from mlxsft.errors import UsageError
+from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
@@ -185,8 +185,10 @@ def _resumed(
     """Where the run goes on (None: from its first step), and what the person should know about that."""
     differences = check_same(folder, recipe, lock, allow_changes)
     checkpoint, notes = folder.newest()
+    if checkpoint is None and notes:
+        raise InputRefused("\n  ".join([f"{folder.path}: no checkpoint is whole:", *notes]), "--force begins anew.")
     if checkpoint is None:
-        notes.append("no checkpoint is whole: the run begins again at its first step")
+        notes = ["the run was stopped before its first checkpoint and begins again"]
     elif any(difference.name == "train.learning_rate" for difference in differences):
         checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, rate_factor=1.0))
     notes += [f"changed since the run began: {difference.sentence}" for difference in differences]

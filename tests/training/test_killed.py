@@ -20,7 +20,7 @@ from mlxsft.training.events import Noted
 from tests.training.killed import Job, Runner, runner
 from tests.training.test_run import events, write_recipe
 
-STEPS = 7  # of three an epoch, so that the run ends within one
+STEPS = 7  # of two an epoch, so that the run ends within one
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes that have imported MLX")
 
@@ -149,15 +149,18 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
     assert ("is missing" in told[0]) == (damage == "delete")
 
 
-def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(
+def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(
     runners: list[Runner], straight: Straight, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight.out, run)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.write_text("{}")
-    resume(runners[0], straight, run)
-    assert any("begins again" in e["message"] for e in events(run, "note"))
+    before = saved(run)
+    code, said = runners[0].run(Job(str(straight.recipe), str(run), resume=True))
+    assert code == 3
+    assert all(f"step-{step:07d} is damaged" in said for step in (STEPS, STEPS - 1))
+    assert saved(run) == before
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])

@@ -196,6 +196,15 @@ def test_outside_a_terminal_the_command_that_goes_on_is_given(
     assert "finished" in capsys.readouterr().err
 
 
+def test_a_second_run_in_the_folder_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
+    with RunFolder(stopped).held():
+        assert resume(stopped) == 2
+        assert call(["train", str(stopped.parent / "recipe.yaml"), "--out", str(stopped), "--force"]) == 2
+    assert capsys.readouterr().err.count("another run is at work in this folder") == 2
+    assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()} == before
+
+
 def test_allow_change_is_for_a_run_that_is_resumed(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
     assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--allow-change", "steps"]) == 2
