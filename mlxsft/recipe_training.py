@@ -205,6 +205,12 @@ class TrainRecipe(Section):
         description="The share of the target that is spread over the vocabulary; the validation loss stays the plain "
         "one.",
     )
+    loss_limit: Literal["auto"] | Annotated[float, Field(gt=0)] | None = Field(
+        default="auto",
+        description="The loss of one step, in nats a token, above which the run counts as diverged: it goes back to "
+        "the last good checkpoint and on at half the rate, once. auto: three times the loss of the first step, at "
+        "least 20 nats; null: no limit.",
+    )
     seed: int = Field(
         default=0, ge=0, description="Where the adapter's initial values, the row order and dropout come from."
     )
@@ -305,4 +311,9 @@ class SaveRecipe(Section):
         default=0.25,
         description="How often a checkpoint is written: a share of the run (0.25) or a number of steps (200).",
     )
-    keep: int = Field(default=2, ge=1, description="How many checkpoints are kept: the newest.")
+    keep: int = Field(
+        default=2,
+        ge=1,
+        description="How many checkpoints are kept: the newest. With 1 there is none to fall back on when it is "
+        "damaged or the run diverges.",
+    )

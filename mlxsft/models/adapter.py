@@ -79,7 +79,7 @@ def atomic_write(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -96,7 +96,7 @@ def writing(path: Path) -> Iterator[None]:
         raise UsageError(message, "Choose a folder that can be written to.") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself on disk; Windows cannot open folders and does not need it."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +15,20 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from mlxsft.errors import InputRefused, UsageError
-from mlxsft.models.adapter import atomic_write, refuse_non_finite, save_adapter, writing
-from mlxsft.training.events import Event, from_json
+from mlxsft.models.adapter import (
+    CONFIG,
+    WEIGHTS,
+    atomic_write,
+    load_adapter,
+    refuse_non_finite,
+    save_adapter,
+    sync_folder,
+    writing,
+)
+from mlxsft.training.events import Event, Finished, Started, Stepped, from_json
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -33,6 +42,9 @@ class Progress:
     tokens: int = 0  # of the rows, with their prompts
     computed_tokens: int = 0  # with the padding
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    first_loss: float | None = None  # of the first step that was not skipped, in nats a token
+    rate_factor: float = 1.0  # 0.5 once the run has diverged and gone back
     seconds: float = 0.0
     best_valid_loss: float | None = None
     evaluations_since_best: int = 0
@@ -48,6 +60,15 @@ class Checkpoint:
     progress: Progress
     adapter: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How far the run in a folder is, as its files say without their hashes being looked at."""
+
+    step: int  # that is saved
+    total_steps: int | None  # null: it was stopped before its first step
+    finished: bool
 
 
 class RunFolder:
@@ -74,8 +95,8 @@ class RunFolder:
             self._remove_partial()
             yield
         finally:
+            self._remove_unused()  # before another run can take the lock in it
             lock.release()
-            self._remove_unused()
 
     def _remove_partial(self) -> None:
         """Files that a killed run was writing."""
@@ -92,15 +113,28 @@ class RunFolder:
     def begun(self) -> bool:
         return self.recipe.exists() or self.checkpoints.exists()
 
+    def state(self) -> Begun | None:
+        """How far the run in this folder is; None where there is none."""
+        if not self.begun:
+            return None
+        events = list(self._told())
+        total = next((e.total_steps for e in reversed(events) if isinstance(e, Started)), None)
+        last = events[-1] if events else None
+        finished = isinstance(last, Finished) and last.reason != "interrupted"
+        return Begun(max(self.steps(), default=0), total, finished)
+
     def clear(self) -> None:
         """Remove what an earlier run left; anything else in the folder stays."""
-        for name in ("recipe.yaml", "lock.json", "events.jsonl", "adapters.safetensors", "adapter_config.json"):
+        for name in ("recipe.yaml", "lock.json", "events.jsonl", WEIGHTS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_start(self, recipe_yaml: str, lock: Mapping[str, Any]) -> None:
-        atomic_write(self.recipe, recipe_yaml.encode())
-        atomic_write(self.lock, (json.dumps(lock, indent=2, ensure_ascii=False) + "\n").encode())
+        """What the run is and stands on, where it is not there yet; the recipe last: with it the run has begun."""
+        lock_json = json.dumps(lock, indent=2, ensure_ascii=False) + "\n"
+        for path, text in ((self.lock, lock_json), (self.recipe, recipe_yaml)):
+            if not path.exists() or path.read_bytes() != text.encode():
+                atomic_write(path, text.encode())
 
     def read_lock(self) -> dict[str, Any]:
         """What the run began with. Raises InputRefused for a lock.json that cannot be read."""
@@ -114,61 +148,124 @@ class RunFolder:
         with writing(self.events), self.events.open("a", encoding="utf-8") as file:
             file.write(event.to_json() + "\n")
 
+    def _told(self) -> Iterator[Event]:
+        """The events so far, without a line that a kill cut off."""
+        if self.events.exists():
+            for line in self.events.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError):
+                    yield from_json(line)
+
     def rewind(self, step: int) -> None:
-        """Take back the events after `step`, which a resumed run makes again, and a line that a kill cut off."""
-        if not self.events.exists():
-            return
-        kept = []
-        for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                event = from_json(line)
-                if getattr(event, "step", 0) <= step:
-                    kept.append(f"{line}\n")
-        atomic_write(self.events, "".join(kept).encode())
+        """Take back the events behind `step`, which a resumed run makes again, and a line that a kill cut off.
+
+        A run that rolled back made some steps twice; only the last time counts.
+        """
+        events = list(self._told())
+        made = max(
+            (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=0
+        )
+        kept = [event for i, event in enumerate(events) if i <= made or getattr(event, "step", 0) <= step]
+        text = "".join(f"{event.to_json()}\n" for event in kept).encode()
+        if events and text != self.events.read_bytes():
+            atomic_write(self.events, text)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def save(
-        self, adapter: Tensors, config: Mapping[str, Any], optimizer: Tensors, progress: Progress, *, keep: int
+        self,
+        adapter: Tensors,
+        config: Mapping[str, Any],
+        optimizer: Tensors,
+        progress: Progress,
+        *,
+        keep: int,
+        planned: Callable[[int], bool] = lambda step: True,
     ) -> Path:
         """Write a checkpoint aside, make it whole, then give it its name; replace the run's adapter; drop old ones.
 
-        Raises Diverged for a tensor that is not finite, OutOfResources when the disk is full.
+        What an interrupted run saves between the `planned` steps never takes the place of a planned checkpoint, so that
+        the resumed run can roll back to where the uninterrupted one would. An untrained adapter, at step 0, is saved in
+        the checkpoint only. Raises Diverged for a tensor that is not finite, OutOfResources when the disk is full.
         """
-        target = self.checkpoints / f"step-{progress.step:07d}"
+        target = self._folder(progress.step)
         refuse_non_finite(target, {**adapter, **optimizer})
+        self._write(target, {WEIGHTS: _bytes(adapter), "state.safetensors": _bytes(optimizer)}, progress)
+        if progress.step:
+            save_adapter(self.path, adapter, config)
+        self.drop_old(keep, planned)
+        return target
+
+    def drop_old(self, keep: int, planned: Callable[[int], bool]) -> None:
+        """Remove all checkpoints but the newest and the newest planned ones, `keep` of each."""
+        steps = self.steps()
+        kept = {*steps[:keep], *[step for step in steps if planned(step)][:keep]}
+        for step in steps:
+            if step not in kept:
+                self._drop(step)
+
+    def _write(self, target: Path, files: dict[str, bytes], progress: Progress) -> None:
+        files = {**files, "manifest.json": _manifest(files, progress)}
         aside = self.checkpoints / f".{target.name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        files = {"adapters.safetensors": _bytes(adapter), "state.safetensors": _bytes(optimizer)}
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        manifest = {"progress": asdict(progress), "sha256": hashes}
-        files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
         with writing(target):
-            aside.mkdir(parents=True)
-            for name, data in files.items():
-                atomic_write(aside / name, data)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
-        save_adapter(self.path, adapter, config)
-        for old in self._names()[keep:]:
-            shutil.rmtree(self.checkpoints / old, ignore_errors=True)
-        return target
+            try:
+                aside.mkdir(parents=True)
+                for name, data in files.items():
+                    atomic_write(aside / name, data)
+                self._drop(progress.step)
+                os.replace(aside, target)
+                sync_folder(self.checkpoints)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)  # of a full disk, every byte counts
+
+    def _drop(self, step: int) -> None:
+        """Remove a checkpoint: in one step, so that no half of it is left to be found."""
+        gone = self.checkpoints / f".step-{step:07d}.gone"
+        with suppress(FileNotFoundError):
+            os.replace(self._folder(step), gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def go_back(self, checkpoint: Checkpoint | None, config: Mapping[str, Any]) -> None:
+        """Remove the checkpoints behind this one (all, where it is None), and make its adapter the run's."""
+        for step in self.steps():
+            if checkpoint is None or step > checkpoint.progress.step:
+                self._drop(step)
+        if checkpoint is not None and checkpoint.progress.step:
+            if not self.has_adapter_of(checkpoint, config):
+                save_adapter(self.path, checkpoint.adapter, config)
+        else:
+            for name in (WEIGHTS, CONFIG):
+                (self.path / name).unlink(missing_ok=True)
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
+    def newest(self, among: Callable[[int], bool] = lambda step: True) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint `among` the steps that verifies, and a sentence for each newer one that does not."""
         refused: list[str] = []
-        for name in self._names():
+        for step in filter(among, self.steps()):
             try:
-                return _load(self.checkpoints / name), refused
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                refused.append(f"checkpoint {name} is damaged ({error}); the one before is taken")
+                return _load(self._folder(step)), refused
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                refused.append(f"checkpoint {self._folder(step).name} is damaged and passed over: {_what(error)}")
         return None, refused
 
-    def _names(self) -> list[str]:
-        """Names of the checkpoints, the newest first."""
-        return sorted((p.name for p in self.checkpoints.glob("step-*")), reverse=True)
+    def has_adapter_of(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> bool:
+        """Whether the run's adapter is there and that of the checkpoint, with this `config` where one is given."""
+        try:
+            adapter = load_adapter(self.path)
+        except InputRefused:
+            return False
+        if adapter.tensors.keys() != checkpoint.adapter.keys() or config not in (None, adapter.config):
+            return False
+        return all(np.array_equal(tensor, checkpoint.adapter[name]) for name, tensor in adapter.tensors.items())
+
+    def steps(self) -> list[int]:
+        """The steps that are saved, the newest first."""
+        names = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*"))
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def _folder(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:07d}"
 
 
 def _bytes(tensors: Tensors) -> bytes:
@@ -176,14 +273,34 @@ def _bytes(tensors: Tensors) -> bytes:
     return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
 
 
+def _manifest(files: Mapping[str, bytes], progress: Progress) -> bytes:
+    """What the checkpoint holds and how far it is, with the hash of every file and of this text itself."""
+    facts = {"progress": asdict(progress), "sha256": {name: _sha256(data) for name, data in files.items()}}
+    return (json.dumps({**facts, "manifest_sha256": _sha256(_canonical(facts))}, indent=2) + "\n").encode()
+
+
+def _canonical(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _what(error: Exception) -> str:
+    """What is wrong with a checkpoint that raised this when it was loaded."""
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return f"manifest.json is none of ours ({error!r})" if isinstance(error, (KeyError, TypeError)) else str(error)
+
+
 def _load(folder: Path) -> Checkpoint:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name, expected in manifest["sha256"].items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+    """The checkpoint, of which every bit was hashed. Raises OSError, ValueError and what a broken manifest raises."""
+    facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if facts.pop("manifest_sha256", None) != _sha256(_canonical(facts)):
+        raise ValueError("manifest.json does not match its hash")
+    read = {name: (folder / name).read_bytes() for name in facts["sha256"]}
+    for name, data in read.items():
+        if _sha256(data) != facts["sha256"][name]:
             raise ValueError(f"{name} does not match its hash")
-    return Checkpoint(
-        folder,
-        Progress(**manifest["progress"]),
-        load_file(folder / "adapters.safetensors"),
-        load_file(folder / "state.safetensors"),
-    )
+    return Checkpoint(folder, Progress(**facts["progress"]), load(read[WEIGHTS]), load(read["state.safetensors"]))

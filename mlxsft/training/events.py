@@ -118,6 +118,17 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
+class RolledBack(Event):
+    """The run diverged at `step`: it goes on from the good state of `to_step`, at `rate_factor` of the rate."""
+
+    kind = "rolled_back"
+    step: int
+    to_step: int
+    rate_factor: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """The run is over: `reason` is done, interrupted, or patience.
 

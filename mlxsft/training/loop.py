@@ -13,8 +13,8 @@ import numpy as np
 from mlxsft.data.batches import batches, epoch_order
 from mlxsft.errors import Diverged
 from mlxsft.training.checkpoints import Progress
-from mlxsft.training.events import Evaluated, Event, Finished, Sampled, Stepped
-from mlxsft.training.schedule import in_steps, learning_rate
+from mlxsft.training.events import Evaluated, Event, Finished, RolledBack, Sampled, Stepped
+from mlxsft.training.schedule import in_steps, learning_rate, loss_limit
 
 if TYPE_CHECKING:
     from mlxsft.backends import Backend
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mlxsft.data.render import Example
     from mlxsft.recipe import Recipe
 
-MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED_IN_A_ROW = 3
+RATE_FACTOR = 0.5  # of the learning rate, after the run has diverged
 
 
 @dataclass(frozen=True)
@@ -67,37 +68,37 @@ class Training:
     held_out: Sequence[Example]
     progress: Progress
     save: Callable[[Progress], Event]
+    go_back: Callable[[int], Progress | None]  # load the newest planned checkpoint up to a step, drop those behind it
     answer: Callable[[str], str]
     stop: Callable[[], bool]
     positions: int | None = None
     packed: bool = False
+    saved_at: int | None = None  # the step whose state is on disk
 
     def __post_init__(self) -> None:
         self.plan = Plan.of(self.recipe, len(self.rows))
         self.lengths = np.array([len(e.tokens) for e in self.rows])
         self.order: tuple[int, list[np.ndarray]] | None = None  # the epoch, and its steps' rows
         self.began = time.perf_counter() - self.progress.seconds
-        self.saved_at = self.progress.step
         self.loss: float | None = None
         self.valid_loss: float | None = None
-        self.skipped_in_a_row = 0
 
     def events(self) -> Iterator[Event]:
-        """Everything that happens; the state is saved before the generator ends.
+        """Everything that happens; the state is saved before the first step and before the generator ends.
 
-        Raises Diverged when loss or gradient stay non-finite.
+        Raises Diverged, with the last good state on disk, when the run diverges a second time.
         """
         while True:
             if self._evaluation_is_due() and not self.stop():
                 yield from self._evaluate()
-            if self.plan.saves(self.progress.step) and self.saved_at != self.progress.step:
-                yield self._save()
-            if (reason := self._ended()) is not None:
+            reason = self._ended()
+            if reason or (self.plan.saves(self.progress.step) and not self.progress.skipped_in_a_row):
+                yield from self._save()
+            if reason and (reason := self._ended()):  # unless the state could not be saved, and the run went back
                 break
             yield self._update()
-            self._refuse_divergence()
-        if self.saved_at != self.progress.step:
-            yield self._save()
+            if (trouble := self._trouble()) is not None:
+                yield self._roll_back(*trouble)
         yield self._finished(reason)
 
     def _ended(self) -> str | None:
@@ -127,12 +128,12 @@ class Training:
         for batch in self._batches([self.rows[i] for i in rows]):
             batch_loss, batch_trained = self.backend.accumulate(batch)
             loss, trained, computed = loss + batch_loss, trained + batch_trained, computed + batch.tokens.size
-        rate = learning_rate(step, self.plan.total_steps, train)
+        rate = self.progress.rate_factor * learning_rate(step, self.plan.total_steps, train)
         norm = self.backend.apply(rate, train.clip_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         tokens = int(self.lengths[rows].sum())
-        self._count(step, trained, tokens, computed, skipped)
         self.loss = self.loss if skipped else loss / trained
+        self._count(step, trained, tokens, computed, skipped)
         return Stepped(
             step=step,
             epoch=step / self.plan.steps_per_epoch,
@@ -159,16 +160,45 @@ class Training:
             tokens=self.progress.tokens + tokens,
             computed_tokens=self.progress.computed_tokens + computed,
             skipped_steps=self.progress.skipped_steps + skipped,
+            skipped_in_a_row=self.progress.skipped_in_a_row + 1 if skipped else 0,
+            first_loss=self.loss if self.progress.first_loss is None else self.progress.first_loss,
             seconds=time.perf_counter() - self.began,
         )
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
-    def _refuse_divergence(self) -> None:
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    # --- divergence ------------------------------------------------------------------------------------------------
+
+    def _trouble(self) -> tuple[str, int] | None:
+        """Why the run counts as diverged, and the last step whose state is known to be good; None as long as it goes.
+
+        A state is known to be good when the step after it was: that step's loss is the first that it gives.
+        """
+        skipped, limit = self.progress.skipped_in_a_row, loss_limit(self.recipe.train, self.progress.first_loss)
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
+            return f"loss or gradient was not finite {skipped} times in a row", self.progress.step - skipped - 1
+        if not skipped and limit is not None and self.loss is not None and self.loss > limit:
+            return f"the loss is {self.loss:.4g}, over the limit of {limit:.4g}", self.progress.step - 2
+        return None
+
+    def _roll_back(self, reason: str, good: int) -> Event:
+        """To the last good checkpoint, and on at half the rate. Raises Diverged the second time, or without one."""
+        step, again = self.progress.step, self.progress.rate_factor < 1
+        progress = self.go_back(good)
+        if progress is None:
             raise Diverged(
-                f"step {self.progress.step}: loss or gradient was not finite {self.skipped_in_a_row} times in a row",
-                "Lower train.learning_rate.",
+                f"step {step}: {reason}, and no checkpoint is known to be good",
+                "The model gives such losses before it is trained: check it with `mlxsft generate`."
+                if good < 0
+                else "Lower train.learning_rate, and begin anew with --force.",
             )
+        if again:
+            raise Diverged(
+                f"step {step}: {reason}, again and at half the learning rate; what is saved is the state of step "
+                f"{progress.step}",
+                "Lower train.learning_rate; --resume --allow-change learning_rate goes on from there.",
+            )
+        self.progress = replace(progress, rate_factor=RATE_FACTOR)
+        self.saved_at = progress.step
+        return RolledBack(step, progress.step, RATE_FACTOR, reason)
 
     # --- evaluation and saving ---------------------------------------------------------------------------------------
 
@@ -204,9 +234,16 @@ class Training:
         )
         return Evaluated(step, self.valid_loss, tokens, len(self.held_out), best, time.perf_counter() - began)
 
-    def _save(self) -> Event:
+    def _save(self) -> Iterator[Event]:
+        """The state on disk, where it is not yet; a state that is not finite is none, and the run goes back."""
+        if self.saved_at == self.progress.step:
+            return
+        try:
+            event = self.save(self.progress)
+        except Diverged as error:
+            event = self._roll_back(error.message, self.progress.step - 1)
         self.saved_at = self.progress.step
-        return self.save(self.progress)
+        yield event
 
     def _finished(self, reason: str) -> Event:
         return Finished(

@@ -20,6 +20,7 @@ from mlxsft.training.events import (
     Finished,
     LeftOutRows,
     Noted,
+    RolledBack,
     Sampled,
     Saved,
     Started,
@@ -236,6 +237,11 @@ def event_line(event: Event) -> str:
         case TrunkCached(done=1.0):
             kept = f"{size(event.bytes)} {'in memory' if event.place == 'memory' else 'on disk'}"
             return f"trunk     the outputs of the lower {event.layers} layers are kept for all epochs, {kept}"
+        case RolledBack():
+            return (
+                f"step {event.step}  {event.reason}: back to step {event.to_step}, "
+                f"and on at {event.rate_factor:g} of the learning rate"
+            )
         case Finished():
             return finish_line(event)
     return ""

@@ -25,6 +25,7 @@ from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
 from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
 from mlxsft.training.loop import Plan, Training
 from mlxsft.training.packing import packs
+from mlxsft.training.resume import check_same, versions_changed
 from mlxsft.training.trunk import TrunkCache
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
@@ -39,12 +40,13 @@ def run_training(
     force: bool,
     stop: Callable[[], bool],
     tell: Callable[[str], None],
+    allow_changes: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Everything that `mlxsft train` does, as events; the same events are in the folder's events.jsonl.
 
     An earlier run is deleted only when all that the new one needs is read and in memory. `tell` hears of downloads.
     Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
-    not what was begun; else what reading, loading and training raise.
+    not what was begun, but for `allow_changes`; else what reading, loading and training raise.
     """
     with folder.held():
         _check_begun(folder, resume=resume, force=force)
@@ -60,9 +62,11 @@ def run_training(
         lock = _lock(recipe, source, renderer, commits)
         checkpoint = None
         if resume:
-            _check_same(folder, recipe, lock)
-            checkpoint, damaged = folder.newest()
-            dataset.notes.extend(damaged)
+            checkpoint, notes = _resumed(folder, recipe, lock, allow_changes)
+            if (said := _already_ended(folder, recipe, dataset, checkpoint)) is not None:
+                yield from map(Noted, [*notes, said])
+                return
+            dataset.notes.extend(notes)
         backend = load_backend(backend_name, source)
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)
@@ -72,7 +76,7 @@ def run_training(
             folder.rewind(checkpoint.progress.step if checkpoint else 0)
         else:
             folder.clear()
-            folder.write_start(dump_recipe(recipe), lock)
+        folder.write_start(dump_recipe(recipe), lock)
         ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
         for event in ready.events():
             folder.append(event)
@@ -95,11 +99,8 @@ class Ready:
     packed: bool
 
     def events(self) -> Iterator[Event]:
-        progress = Progress()
-        if self.checkpoint is not None:
-            self.backend.load_adapter_state(self.checkpoint.adapter)
-            self.backend.load_optimizer_state(self.checkpoint.optimizer)
-            progress = self.checkpoint.progress
+        progress = self._load(self.checkpoint)
+        self.folder.drop_old(self.recipe.save.keep, self._planned)
         yield self._started(progress)
         for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
             yield Noted(note)
@@ -109,7 +110,7 @@ class Ready:
         plan = Plan.of(self.recipe, len(self.dataset.train))
         repeated = plan.total_steps > plan.steps_per_epoch
         yield from cache.fill([self.dataset.train, self.dataset.valid], repeated=repeated, stop=self.stop)
-        yield from self._training(replace(progress, trunk_cached=cache.used), *cache.rows).events()
+        yield from self._training(replace(progress, trunk_cached=cache.decided), *cache.rows).events()
 
     def _trunk_cache(self, decided: bool | None) -> TrunkCache:
         train, positions = self.recipe.train, self.renderer.positions
@@ -125,17 +126,42 @@ class Ready:
             held_out,
             progress,
             save=self._save,
+            go_back=self._go_back,
             answer=self._answer,
             stop=self.stop,
             positions=self.renderer.positions,
             packed=self.packed,
+            saved_at=progress.step if self.checkpoint else None,
         )
 
     def _save(self, progress: Progress) -> Event:
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
-        config = {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
-        path = self.folder.save(state, config, optimizer, progress, keep=self.recipe.save.keep)
+        keep = self.recipe.save.keep
+        path = self.folder.save(state, self._config(), optimizer, progress, keep=keep, planned=self._planned)
         return Saved(progress.step, str(path))
+
+    def _planned(self, step: int) -> bool:
+        """Whether the uninterrupted run saves after this step."""
+        return Plan.of(self.recipe, len(self.dataset.train)).saves(step)
+
+    def _load(self, checkpoint: Checkpoint | None) -> Progress:
+        """Model and run folder at a checkpoint, or at the start, and nothing behind it."""
+        if checkpoint is not None:
+            self.backend.load_adapter_state(checkpoint.adapter)
+            self.backend.load_optimizer_state(checkpoint.optimizer)
+        self.folder.go_back(checkpoint, self._config())
+        return Progress() if checkpoint is None else checkpoint.progress
+
+    def _go_back(self, step: int) -> Progress | None:
+        """Load the newest checkpoint up to `step`, a planned one if there is any, and drop those behind it."""
+        checkpoint, _ = self.folder.newest(lambda s: s <= step and self._planned(s))
+        if checkpoint is None:
+            checkpoint, _ = self.folder.newest(lambda s: s <= step)
+        return None if checkpoint is None else self._load(checkpoint)
+
+    def _config(self) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        return {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
 
     def _answer(self, prompt: str) -> str:
         turns = [Turn("user", prompt)]
@@ -169,6 +195,38 @@ def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
         )
 
 
+def _resumed(
+    folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any], allow_changes: Sequence[str]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Where the run goes on (None: from its first step), and what the person should know about that."""
+    differences = check_same(folder, recipe, lock, allow_changes)
+    checkpoint, notes = folder.newest()
+    if checkpoint is None and notes:
+        raise InputRefused("\n  ".join([f"{folder.path}: no checkpoint is whole:", *notes]), "--force begins anew.")
+    if checkpoint is None:
+        notes = ["the run was stopped before its first checkpoint and begins again"]
+    elif any(difference.name == "train.learning_rate" for difference in differences):
+        checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, rate_factor=1.0))
+    notes += [f"changed since the run began: {difference.sentence}" for difference in differences]
+    return checkpoint, [*notes, *versions_changed(folder, lock)]
+
+
+def _already_ended(folder: RunFolder, recipe: Recipe, dataset: Dataset, checkpoint: Checkpoint | None) -> str | None:
+    """A sentence where the run is finished and all it made is there, so that there is nothing to load a model for."""
+    state, total = folder.state(), Plan.of(recipe, len(dataset.train)).total_steps
+    if state is None or not state.finished or checkpoint is None or checkpoint.progress.step != state.step:
+        return None
+    patience, waited = recipe.eval.patience, checkpoint.progress.evaluations_since_best
+    if state.step < total and (patience is None or waited < patience):
+        return None
+    if not folder.has_adapter_of(checkpoint):
+        return None
+    return (
+        f"this run is finished, after {state.step} of {total} steps; to train on, raise its length with "
+        "--set train.epochs=N --allow-change epochs"
+    )
+
+
 def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer, commits: Mapping[str, str]) -> dict[str, Any]:
     """What the run stands on: hashes of base, template and rows, and versions."""
     packages = ("mlx", "mlx-lm", "transformers", "torch", "numpy")
@@ -181,25 +239,6 @@ def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer, commits: Mapp
         "hub": dict(commits),  # of data sets, by the address that was written
         "versions": versions | {p: metadata.version(p) for p in packages if p in installed},
     }
-
-
-def _check_same(folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any]) -> None:
-    """Raises UsageError or InputRefused, with the differences, when a resumed run would not be the run that began."""
-    before = folder.recipe.read_text(encoding="utf-8")
-    if before != dump_recipe(recipe):
-        old, new = set(before.splitlines()), set(dump_recipe(recipe).splitlines())
-        changed = "; ".join(sorted(line.strip() for line in old ^ new))
-        raise UsageError(
-            f"{folder.recipe}: the recipe is not the one that this run began with: {changed}",
-            f"Resume with {folder.recipe}, or begin a new run with another --out.",
-        )
-    then = folder.read_lock()
-    changed_parts = [part for part in ("base", "template", "data") if then.get(part) != lock[part]]
-    if changed_parts:
-        raise InputRefused(
-            f"{folder.lock}: changed since the run began: {', '.join(changed_parts)}",
-            "Restore it, or begin a new run with another --out.",
-        )
 
 
 def passport(renderer: Renderer, lock: Mapping[str, Any]) -> dict[str, Any]:

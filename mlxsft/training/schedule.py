@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""The learning rate of each step, and the loss that none should have."""
 
 from __future__ import annotations
 
@@ -47,3 +47,13 @@ def _height(done: int, span: int, train: TrainRecipe) -> float:
         return 1.0 - done / span
     cycle = done * (train.cycles or 1) % span / span  # whole numbers: a restart is not lost to rounding
     return 0.5 * (1.0 + math.cos(math.pi * cycle))
+
+
+def loss_limit(train: TrainRecipe, first_loss: float | None) -> float | None:
+    """The loss of a step, in nats a token, above which a run counts as diverged; None for no limit.
+
+    20 nats are more than guessing evenly among any vocabulary's tokens costs: 12 for 160,000 of them.
+    """
+    if train.loss_limit == "auto":
+        return None if first_loss is None else max(20.0, 3 * first_loss)
+    return train.loss_limit

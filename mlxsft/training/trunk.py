@@ -35,8 +35,8 @@ REPORTED = 20  # how often the filling is reported
 class TrunkCache:
     """Fills itself for some rows, if it is worth it; `rows` are then the same rows with their activations.
 
-    `choice` is the recipe's `cache_trunk`; `decided` what the run that is resumed had: a resumed run must not decide
-    anew, because rounding differs a little with and without. The file on disk has no name: a kill leaves nothing.
+    `choice` is the recipe's `cache_trunk`; `decided` whether the run has a cache, None before that is known: a resumed
+    run must not decide anew, because rounding differs a little. The file on disk has no name: a kill leaves nothing.
     """
 
     backend: Backend
@@ -54,12 +54,22 @@ class TrunkCache:
         `repeated`: the training rows are used more than once. After `stop()` nothing is cached.
         """
         self.rows = [list(rows) for rows in sets]
-        wanted = self.decided if self.decided is not None else self.choice != "off"
-        layers = self.backend.trunk_layers() if wanted else 0
         everything = [row for rows in sets for row in rows]
-        if not layers or not everything or (self.choice == "auto" and self.decided is None and not repeated):
-            if self.choice in ("memory", "disk") and not layers:
-                yield Noted("train.cache_trunk: there is no layer below what is trained, so nothing is cached")
+        if everything and self._wanted(repeated):
+            yield from self._fill(everything, stop)
+        if not stop():
+            self.decided = self.used
+
+    def _wanted(self, repeated: bool) -> bool:
+        if self.choice == "auto":
+            return repeated if self.decided is None else self.decided
+        return self.choice != "off"
+
+    def _fill(self, everything: list[Example], stop: Callable[[], bool]) -> Iterator[Event]:
+        layers = self.backend.trunk_layers()
+        if not layers:
+            if self.choice != "auto":
+                yield Noted("train.cache_trunk: there is no layer below what is trained, so nothing is kept")
             return
         groups = self._groups(everything)
         first = self._batch(everything, groups[0])

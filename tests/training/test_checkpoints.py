@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,14 @@ import pytest
 
 from mlxsft.errors import Diverged, OutOfResources, UsageError
 from mlxsft.training.checkpoints import Progress, RunFolder
-from mlxsft.training.events import Noted
+from mlxsft.training.events import Noted, RolledBack, Saved, Stepped, from_json
 
 CONFIG = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 1, "scale": 1.0, "dropout": 0.0}}
 
 
-def save(folder: RunFolder, step: int, value: float, keep: int = 2) -> Path:
+def save(folder: RunFolder, step: int, value: float, keep: int = 2, **planned: Callable[[int], bool]) -> Path:
     tensors = {"a.lora_a": np.full((2, 3), value, np.float32)}
-    return folder.save(tensors, CONFIG, {"m": np.array([value], np.float32)}, Progress(step=step), keep=keep)
+    return folder.save(tensors, CONFIG, {"m": np.array([value], np.float32)}, Progress(step=step), keep=keep, **planned)
 
 
 def test_the_newest_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
@@ -149,6 +150,33 @@ def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
         {"event": "note", "message": "zwei\nZeilen — ü"},
         {"event": "note", "message": "b"},
     ]
+
+
+def test_a_rewound_run_keeps_what_was_told_before_and_what_it_went_back_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    first = [Noted("a line\u2028that is one\x85line"), step(1), step(2), RolledBack(2, 0, 0.5, "it ran away")]
+    second = [step(1), step(2), Saved(2, "there"), Noted("said at any time")]
+    for event in (*first, *second, step(3)):
+        folder.append(event)
+    with folder.events.open("a") as torn:
+        torn.write('{"event": "ste')
+    folder.rewind(2)
+    told = [from_json(line) for line in folder.events.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert told == [*first, *second]
+
+
+def step(number: int) -> Stepped:
+    return Stepped(number, 0.1, 2.0, 1.0, 1e-3, 5, 10, 12, 0.1, 1000)
+
+
+def test_an_extra_checkpoint_takes_no_planned_ones_place(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in (0, 5, 10, 12):  # stopped after 12
+        save(folder, number, 0.5, planned=lambda n: n % 5 == 0)
+    assert folder.steps() == [12, 10, 5]
+    save(folder, 15, 0.5, planned=lambda n: n % 5 == 0)
+    save(folder, 20, 0.5, planned=lambda n: n % 5 == 0)
+    assert folder.steps() == [20, 15]
 
 
 KILLED = """

@@ -102,7 +102,7 @@ def test_events_tell_every_step(finished: Path) -> None:
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6]
     assert all(s["loss"] > 0 and s["gradient_norm"] > 0 and s["peak_bytes"] > 0 for s in steps)
     assert all(0 < s["trained_tokens"] < s["tokens"] <= s["computed_tokens"] for s in steps)
-    assert [e["step"] for e in events(finished, "save")] == [2, 4, 6]
+    assert [e["step"] for e in events(finished, "save")] == [0, 2, 4, 6]  # a full disk is found before the first step
     ledger = events(finished, "start")[0]["ledger"]
     assert ledger == {"read": 10, "trained": 10, "held out": 0}
 
@@ -324,7 +324,7 @@ def test_what_changed_since_the_run_began_is_refused_with_the_difference(
     recipe = str(tmp_path / "recipe.yaml")
     resume = ["train", recipe, "--out", str(finished), "--resume"]
     assert call([*resume, "--set", "train.learning_rate=0.5"]) == 2
-    assert "learning_rate: 0.5" in capsys.readouterr().err
+    assert "train.learning_rate: 0.01 → 0.5" in capsys.readouterr().err
     write_rows(tmp_path / "rows.jsonl", PAIRS[::-1])
     assert call(resume) == 3
     assert "data" in capsys.readouterr().err
@@ -414,19 +414,6 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path: Path, tiny_llama: 
 
 
 # --- when things go wrong --------------------------------------------------------------------------------------------
-
-
-def test_steps_that_are_not_finite_are_skipped_counted_and_in_the_end_refused(
-    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = write_recipe(tmp_path, tiny_llama, train__learning_rate=1e30, train__warmup=0, train__steps=40)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 5
-    steps = events(tmp_path / "run", "step")
-    assert [s["skipped"] for s in steps] == [False] + [True] * 10
-    assert all(s["loss"] is None for s in steps if s["skipped"])
-    assert "learning_rate" in capsys.readouterr().err
-    for file in (tmp_path / "run").rglob("adapters.safetensors"):
-        assert all(np.isfinite(t).all() for t in load_file(file).values())
 
 
 def test_broken_rows_are_all_named_before_anything_is_trained(
