@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.data.batches import Batch
 from mlxsft.errors import InputRefused
 from mlxsft.models.source import ModelSource, open_model
-from mlxsft.recipe_training import AdapterRecipe
-from tests.backends.conftest import ADAPTER, make_batch, rows_of
+from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
+from tests.backends.conftest import ADAPTER, learned_adapter, make_batch, rows_of
 
 Trainer = Callable[..., MlxBackend]
 DROPOUT = AdapterRecipe(rank=4, alpha=8.0, dropout=0.3)
@@ -277,3 +278,23 @@ def test_facts(llama: ModelSource, trainer: Trainer) -> None:
     assert backend.parameters() == (base + trained, trained)
     assert backend.device == "cpu"
     assert backend.peak_bytes() > 4 * base
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+@pytest.mark.parametrize("train", [{}, {"checkpoint_activations": True, "label_smoothing": 0.1}])
+def test_the_step_compiled_as_on_the_gpu_makes_the_same_updates(
+    llama: ModelSource, trainer: Trainer, train: dict[str, object]
+) -> None:
+    plain = trainer(**train)
+    compiled = MlxBackend(llama)
+    compiled._compiled = True
+    mx.enable_compile()
+    try:
+        compiled.attach(ADAPTER, seed=0)
+        compiled.load_adapter_state(learned_adapter(compiled))
+        compiled.optimize(TrainRecipe.model_validate({"steps": 1, **train}))
+        run(compiled, range(6), rate=1e-3)
+    finally:
+        mx.disable_compile()
+    run(plain, range(6), rate=1e-3)
+    assert largest_difference(plain.adapter_state(), compiled.adapter_state()) < 1e-6
