@@ -141,7 +141,7 @@ class Renderer:
     def _scripts(self, row: Conversation, data: DataRecipe) -> list[Script] | LeftOut:
         """The text of a row's examples; plain text is made a script without a prompt."""
         if data.special_tokens in ("refuse", "drop"):
-            texts = (text for turn in row.turns for text in _texts(turn))
+            texts = (text for turn in row.turns for text in texts_of(turn))
             found = next((m[0] for text in texts if (m := self.tokenizer.special_pattern.search(text))), None)
             if found is not None:
                 detail = f"the text contains {found!r}, which this tokenizer takes for a control token"
@@ -272,7 +272,7 @@ def _windows(example: Example, max_tokens: int) -> Iterator[Example]:
         yield replace(example, tokens=tokens, mask=np.arange(len(tokens)) > 0, note="text split")
 
 
-def _texts(turn: Turn) -> Iterator[str]:
+def texts_of(turn: Turn) -> Iterator[str]:
     """Every text in a turn."""
     yield from (turn.content, turn.reasoning)
     for call in turn.tool_calls:
