@@ -22,7 +22,7 @@ from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.lengths import Lengths
 from mlxsft.data.profile import Profile
-from mlxsft.data.render import ONE_A_TURN, Example, Renderer, texts_of
+from mlxsft.data.render import NO_TRAINED_TOKEN, ONE_A_TURN, PART_LOST, Example, Renderer, texts_of
 from mlxsft.data.rows import LeftOut
 from mlxsft.data.sources import RowSource, whole_files
 
@@ -108,7 +108,7 @@ def check(
 
 
 # Notes of examples that were made to fit.
-_SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "turns split", "text split")
+_SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "turns split", PART_LOST, "text split")
 
 
 class _Auditor:
@@ -148,7 +148,7 @@ class _Auditor:
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
         if not examples or any(m.broken for m in refused):
-            self._leave_out(refused[0] if refused else LeftOut(row.origin, "no trained token"))
+            self._leave_out(refused[0] if refused else LeftOut(row.origin, NO_TRAINED_TOKEN))
             return
         key = _fingerprint(row)
         if key in self.rows_seen:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}")
 ONE_A_TURN = "one example a turn"  # the note of a row whose earlier turns the template rewrites
+PART_LOST = "turns split, an answer that is too long left out"
+NO_TRAINED_TOKEN = "no trained token"
 _ROWS_AT_ONCE = 256  # rendered, then tokenized together on all cores
 
 
@@ -134,7 +136,7 @@ class Renderer:
                 yield row, [scripts]
             else:
                 examples = [self._example(row, script, next(ids), data) for script in scripts]
-                yield row, self._fit(row, examples, data)
+                yield row, _without_untrained(self._fit(row, examples, data))
 
     # --- text --------------------------------------------------------------------------------------------------
 
@@ -202,13 +204,13 @@ class Renderer:
         if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
             note = "a {{placeholder}} is left in the text (data.fill)"
         return [self._verified(replace(e, note=note) if note else e) for e in examples] or [
-            LeftOut(row.origin, "no trained token")
+            LeftOut(row.origin, NO_TRAINED_TOKEN)
         ]
 
     def _verified(self, example: Example) -> Example | LeftOut:
         """The example, unless it trains nothing or holds an id that the embedding has no row for."""
         if not example.mask.any():
-            return LeftOut(example.origin, "no trained token")
+            return LeftOut(example.origin, NO_TRAINED_TOKEN)
         if self.embedding_rows is not None and int(example.tokens.max()) >= self.embedding_rows:
             # MLX would read foreign memory there.
             detail = f"id {int(example.tokens.max())}, where the embedding has {self.embedding_rows} rows"
@@ -262,7 +264,16 @@ class Renderer:
                 alone = replace(row, turns=(*system, *parts[start]))
                 made += self.examples(alone, data)
                 start += 1
+        made = _without_untrained(made)
+        if any(isinstance(m, LeftOut) for m in made):
+            made = [replace(m, note=PART_LOST) if isinstance(m, Example) else m for m in made]
         return made
+
+
+def _without_untrained(made: Made) -> Made:
+    """What a row gives, without the parts in which nothing is trained where others are."""
+    kept = [m for m in made if isinstance(m, Example) or m.reason != NO_TRAINED_TOKEN]
+    return kept or made[:1]
 
 
 def _windows(example: Example, max_tokens: int) -> Iterator[Example]:
