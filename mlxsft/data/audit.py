@@ -22,7 +22,7 @@ from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.lengths import Lengths
 from mlxsft.data.profile import Profile
-from mlxsft.data.render import NO_TRAINED_TOKEN, ONE_A_TURN, PART_LOST, Example, Renderer, texts_of
+from mlxsft.data.render import NO_TRAINED_TOKEN, OLDEST_LOST, ONE_A_TURN, PART_LOST, Example, Renderer, texts_of
 from mlxsft.data.rows import LeftOut
 from mlxsft.data.sources import RowSource, whole_files
 
@@ -40,6 +40,7 @@ _REASONS = {  # of the ledger, and the finding that explains them
     "refused by the template": "template",
     "too long": "too-long",
     "answer too long": "too-long",
+    "prompt too long": "too-long",
     "empty prompt": "empty",
     "empty answer": "empty",
     "empty text": "empty",
@@ -108,7 +109,7 @@ def check(
 
 
 # Notes of examples that were made to fit.
-_SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "turns split", PART_LOST, "text split")
+_SHORTENED = ("prompt shortened", OLDEST_LOST, "turns split", PART_LOST, "text split")
 
 
 class _Auditor:

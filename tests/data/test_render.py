@@ -290,6 +290,48 @@ def test_split_turns_trains_every_answer_once_in_as_few_examples_as_hold_them(tm
     assert all(show(r, e).startswith("<|im_start|>system\nBe kind.<|im_end|>\n") for e in examples)
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (*TWO, Turn("user", "q " * 80), Turn("assistant", "Yes!")),  # of two hundred tokens, the older ones leave too
+        (Turn("user", "one two " * 60), Turn("assistant", "No."), Turn("user", "q " * 80), Turn("assistant", "Yes!")),
+        (Turn("user", "q " * 80), Turn("assistant", "Yes!"), Turn("user", "thanks")),  # nothing is trained behind it
+        (Turn("user", "q " * 80), Turn("assistant", "Yes!"), *ONE[:1], Turn("assistant", "no", trained=False)),
+        (Turn("system", "q " * 80), Turn("user", "Sure?"), Turn("assistant", "Yes!")),
+    ],
+)
+def test_the_prompt_of_the_last_trained_answer_loses_no_more_than_it_must(
+    tmp_path: Path, turns: tuple[Turn, ...]
+) -> None:
+    r = renderer(tmp_path)
+    (made,) = r.examples(Conversation(turns, ORIGIN), data(max_tokens=90))
+    assert isinstance(made, Example)
+    answers = [turn.content for turn in turns if turn.role == "assistant" and turn.trained]
+    assert made.note == ("prompt shortened" if len(answers) == 1 else "oldest turns left out, with their answers")
+    assert 80 <= len(made.tokens) <= 90
+    text = show(r, made)
+    assert text.endswith("[Yes!<|im_end|>]")
+    assert text.count("q") > 20
+    assert ("Sure?" in text) is (turns[0].role == "system")
+
+
+def test_the_result_of_a_tool_is_shortened_before_an_answer_is_lost(tmp_path: Path) -> None:
+    call = Turn("assistant", "calling")
+    turns = (Turn("user", "Sure?"), call, Turn("tool", "r " * 80), Turn("assistant", "Yes!"))
+    r = renderer(tmp_path)
+    (made,) = r.examples(Conversation(turns, ORIGIN), data(max_tokens=90))
+    assert isinstance(made, Example)
+    assert len(made.answers) == 2
+    assert "Sure?" in show(r, made)
+
+
+def test_what_is_too_long_is_named(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    assert left_out(r, (ONE[0], Turn("assistant", "Hi " * 100)), max_tokens=60).reason == "answer too long"
+    spread = tuple(Turn(role, "Hi " * 20) for role in ("system", "user"))  # neither alone is long enough to be cut
+    assert left_out(r, (*spread, Turn("assistant", "Yes!")), max_tokens=18).reason == "prompt too long"
+
+
 def test_an_answer_that_does_not_fit_in_a_split_row_is_said(tmp_path: Path) -> None:
     r = renderer(tmp_path)
     turns = (
