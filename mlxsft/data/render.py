@@ -227,7 +227,7 @@ class Renderer:
             return [self._verified(e) for e in _windows(examples[0], data.max_tokens)]
         if data.too_long == "split-turns" and len(parts := exchanges(row.turns)) > 1:
             return self._split(row, parts, data)
-        return self._shortened(row, data) or [LeftOut(row.origin, _too_long_part(examples), detail)]
+        return self._shortened(row, data) or [LeftOut(row.origin, _too_long_part(examples, data), detail)]
 
     def _shortened(self, row: Conversation, data: DataRecipe) -> Made:
         """The last exchanges that fit, or the last one without the beginning of its prompt; empty where none does."""
@@ -298,10 +298,11 @@ def _turns_lost(row: Conversation, shortened: Conversation) -> str:
     return OLDEST_LOST if fewer else ""
 
 
-def _too_long_part(examples: Sequence[Example]) -> str:
-    """Which part of the longest example makes it too long."""
+def _too_long_part(examples: Sequence[Example], data: DataRecipe) -> str:
+    """What keeps the longest example from fitting: its last answer where that takes half of the tokens allowed."""
     longest = max(examples, key=lambda e: len(e.tokens))
-    return "answer too long" if 2 * int(longest.mask.sum()) >= len(longest.tokens) else "prompt too long"
+    answer = len(longest.tokens) - longest.answers[-1] if longest.answers else 0
+    return "answer too long" if 2 * answer >= data.max_tokens else "prompt too long"
 
 
 def _windows(example: Example, max_tokens: int) -> Iterator[Example]:
