@@ -87,8 +87,8 @@ class DataRecipe(Section):
     too_long: Literal["error", "drop", "keep-response", "split-turns"] = Field(
         default="keep-response",
         description="What happens to a row over max_tokens. error: the run stops; drop: it is left out and counted; "
-        "keep-response: the oldest turns go, then the beginning of the question, never the last response; "
-        "split-turns: a conversation becomes several.",
+        "keep-response: the oldest turns go, then the beginning of the question, or of a tool's result or the system "
+        "turn where that is what is long, never the last response; split-turns: a conversation becomes several.",
     )
     train_on: Literal["responses", "all"] = Field(
         default="responses",

@@ -30,6 +30,8 @@ data.add_command(split)
 @rows.files
 @rows.recipe_settings
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, help="How many rows.")
+@click.option("--templates", help="Phrasings of the questions: a built-in name or a file, as data.templates takes it.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other phrasings.")
 @click.option("--plain", is_flag=True, help="Mark trained tokens with [brackets] rather than colour.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row: tokens, ids, mask.")
 def show(
@@ -37,6 +39,8 @@ def show(
     model: str,
     revision: str | None,
     count: int,
+    templates: str | None,
+    seed: int,
     plain: bool,
     as_json: bool,
     **settings: Any,
@@ -48,9 +52,11 @@ def show(
     from mlxsft.models.source import open_model
     from mlxsft.terminal import colours_wanted, told
 
-    recipe = rows.recipe_of(files, **settings)
+    recipe = rows.recipe_of(files, templates=templates, **settings)
     renderer = load_renderer(open_model(model, revision=revision, progress=told), recipe.template)
-    for shown in shown_rows(pin_sources(files, "train", told), recipe, renderer, count):
+    for note in renderer.notes:
+        told(f"note: {note}")
+    for shown in shown_rows(pin_sources(files, "train", told), recipe, renderer, count, seed=seed):
         click.echo(shown.to_json() if as_json else shown.to_text(plain=plain or not colours_wanted()))
 
 

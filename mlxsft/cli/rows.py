@@ -95,6 +95,7 @@ def recipe_of(files: Sequence[RowSource], **settings: Any) -> DataRecipe:
         "columns": named_columns(settings["columns"]),
         "fill": dict(pair(text, "--fill") for text in settings["fill"]),
         "template": settings["template"] or None,
+        "templates": settings.get("templates"),
     }
     given |= {name: settings[name] for name in ("max_tokens", "too_long", "train_on", "special_tokens")}
     return DataRecipe.model_validate(given)

@@ -17,11 +17,12 @@ import numpy as np
 from mlxsft.data import patterns, traits
 from mlxsft.data.alphabet import Alphabet
 from mlxsft.data.duplicates import Texts, fingerprint, groups
-from mlxsft.data.findings import KINDS, Finding, Tally, shortened
+from mlxsft.data.findings import KINDS, Finding, Shown, Tally, shortened
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.lengths import Lengths
-from mlxsft.data.render import Example, Renderer
+from mlxsft.data.profile import Profile
+from mlxsft.data.render import NO_TRAINED_TOKEN, OLDEST_LOST, ONE_A_TURN, PART_LOST, Example, Renderer, texts_of
 from mlxsft.data.rows import LeftOut
 from mlxsft.data.sources import RowSource, whole_files
 
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 Rows = Iterable[Conversation | LeftOut]
 Watch = Callable[[Rows, Sequence[Path]], Rows]  # what shows progress while the rows of some files go by
 
-OTHERS = "(others)"  # what a profile calls all that it does not name
-SHOWN, COUNTED = 20, 50_000  # what a profile names, and what it counts one by one on the way
+NOT_TOLD = "not told"  # the language of an answer that does not show it
 ENOUGH = 20  # answers from which it is worth saying that one opening or one format dominates
 ALIKE_FROM = 16  # tokens from which answers of one length say something; labels are alike by nature
 _REASONS = {  # of the ledger, and the finding that explains them
@@ -40,6 +40,7 @@ _REASONS = {  # of the ledger, and the finding that explains them
     "refused by the template": "template",
     "too long": "too-long",
     "answer too long": "too-long",
+    "prompt too long": "too-long",
     "empty prompt": "empty",
     "empty answer": "empty",
     "empty text": "empty",
@@ -52,7 +53,7 @@ class Audit:
 
     ledger: dict[str, int]
     held_out: dict[str, dict[str, int]]
-    lengths: dict[str, Lengths]  # prompt, response, total: tokens of the usable rows
+    lengths: dict[str, Lengths]  # prompt, response, total: tokens of the examples that the usable rows give
     profile: dict[str, dict[str, int]]  # language, format and opening of the answers, category of the rows
     findings: list[Finding]
     notes: list[str] = field(default_factory=list)
@@ -108,7 +109,7 @@ def check(
 
 
 # Notes of examples that were made to fit.
-_SHORTENED = ("prompt shortened", "oldest turns left out, with their answers", "turns split", "text split")
+_SHORTENED = ("prompt shortened", OLDEST_LOST, "turns split", PART_LOST, "text split")
 
 
 class _Auditor:
@@ -118,10 +119,9 @@ class _Auditor:
         self.data, self.renderer = data, renderer
         self.ledger = Counter({"read": 0, "usable": 0})
         self.tallies = {id: Tally() for id in KINDS}
-        self.languages: dict[str, Tally] = {}
         self.details: dict[str, str] = {}
         self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
-        self.profile: dict[str, Counter[str]] = {n: Counter() for n in ("language", "format", "opening", "category")}
+        self.profile = Profile()
         self.whole = Texts()  # training rows, and held-out ones behind them
         self.asked = Texts() if compares else None  # their prompts, which only held-out rows are compared with
         self.places = _Places()
@@ -130,6 +130,7 @@ class _Auditor:
         self.told = array("Q")  # fingerprint of the answer of each text
         self.alphabet = Alphabet(renderer.tokenizer)
         self.ended = self.unended = 0
+        self.one_a_turn = Tally()  # rows that become one example a turn
 
     # --- rows to train on ------------------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class _Auditor:
         refused = sorted((m for m in made if isinstance(m, LeftOut)), key=lambda m: not m.broken)
         examples = [m for m in made if isinstance(m, Example)]
         if not examples or any(m.broken for m in refused):
-            self._leave_out(refused[0] if refused else LeftOut(row.origin, "no trained token"))
+            self._leave_out(refused[0] if refused else LeftOut(row.origin, NO_TRAINED_TOKEN))
             return
         key = _fingerprint(row)
         if key in self.rows_seen:
@@ -168,14 +169,14 @@ class _Auditor:
     def _leave_out(self, row: LeftOut) -> None:
         self.ledger[row.reason if row.reason not in ("read", "usable") else f"row: {row.reason}"] += 1
         id = _REASONS.get(row.reason, "broken" if row.broken else "unanswered")
-        self.tallies[id].add(row.origin, f"{row.reason}: {row.detail}".rstrip(": "))
+        self.tallies[id].add(row.place, f"{row.reason}: {row.detail}".rstrip(": "))
 
     def _found(self, id: str, row: Conversation, excerpt: str) -> None:
         self.tallies[id].add(row.origin, excerpt)
 
     def _judge_text(self, row: Conversation) -> None:
         """What is looked for in every turn, of every row that could be read, copies and rows left out included."""
-        texts = [turn.content for turn in row.turns]
+        texts = [text for turn in row.turns for text in texts_of(turn)]
         for id, search in (("pii", patterns.personal_data), ("secrets", patterns.secrets)):
             if match := next((m for text in texts for m in search(text)), None):
                 self._found(id, row, str(match))
@@ -187,13 +188,15 @@ class _Auditor:
                 self._found("special-tokens", row, found)
 
     def _measure(self, row: Conversation, examples: Sequence[Example]) -> None:
-        total = sum(len(e.tokens) for e in examples)
-        trained = sum(int(e.mask.sum()) for e in examples)
-        for name, length in (("prompt", total - trained), ("response", trained), ("total", total)):
-            self.lengths[name].add(length)
+        for example in examples:
+            total, trained = len(example.tokens), int(example.mask.sum())
+            for name, length in (("prompt", total - trained), ("response", trained), ("total", total)):
+                self.lengths[name].add(length)
+        if examples[0].note == ONE_A_TURN:
+            self.one_a_turn.add(row.origin, "")
         if note := next((e.note for e in examples if e.note in _SHORTENED), None):
             self._found("too-long", row, note)
-        self._count("category", row.category)
+        self.profile.add("category", row.category, row.origin, _asked(row) or _told(row))
 
     def _remember(self, row: Conversation) -> None:
         asked, told = _asked(row), _told(row)
@@ -219,30 +222,20 @@ class _Auditor:
             self._found("lost-text", row, f"{lost}: {texts[0]}")
         if texts:
             language = traits.language("\n".join(texts))
-            self._count("language", language or "not told")
-            if language:
-                self.languages.setdefault(language, Tally()).add(row.origin, f"{language}: {texts[0]}")
+            self.profile.add("language", language or NOT_TOLD, row.origin, f"{language}: {texts[0]}")
         if not answers:
             return
         for id, test in (("short-answers", traits.is_short), ("refusals", traits.is_refusal)):
             if answer := next(filter(test, answers), ""):
                 self._found(id, row, answer)
-        self._count("opening", traits.opening(answers[0]))
-        self._count("format", shape := traits.form(answers[-1]))
+        self.profile.add("opening", traits.opening(answers[0]), row.origin, answers[0])
+        self.profile.add("format", shape := traits.form(answers[-1]), row.origin, answers[-1])
         unended = next((a for a in answers if not traits.ends(a) and not traits.is_short(a)), None)
         if shape == "prose":
             self.ended += unended is None
             self.unended += unended is not None
         if unended is not None and (shape == "prose" or unended.count("```") % 2):
             self._found("unended", row, f"…{unended.rstrip()[-60:]}")
-
-    def _count(self, name: str, value: str) -> None:
-        """One more of a value; rare ones are counted together once there are too many of them to keep."""
-        counts = self.profile[name]
-        counts[value] += 1
-        if len(counts) > COUNTED:
-            self.profile[name] = kept = Counter(dict(counts.most_common(COUNTED // 2)))
-            kept[OTHERS] += counts.total() - kept.total()
 
     # --- rows held out ---------------------------------------------------------------------------------------------
 
@@ -285,8 +278,15 @@ class _Auditor:
             for id, t in self.tallies.items()
             if t.count
         ]
-        profile = {name: self._commonest(name, counts) for name, counts in self._known_profile().items()}
-        return Audit(dict(self.ledger), held_out, self.lengths, profile, findings, list(self.renderer.notes))
+        notes = [*self.renderer.notes, *self._split_note()]
+        return Audit(dict(self.ledger), held_out, self.lengths, self.profile.commonest(), findings, notes)
+
+    def _split_note(self) -> list[str]:
+        """That rows became several examples, with the first of them."""
+        if not (count := self.one_a_turn.count):
+            return []
+        first = ", ".join(example.place for example in self.one_a_turn.examples)
+        return [f"the template rewrites earlier turns, so {count:,} rows give {ONE_A_TURN} ({first})"]
 
     def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
         leaders = groups(trained, ((a, b) for a, b in pairs if b < trained))
@@ -302,48 +302,40 @@ class _Auditor:
             if (leader := int(leaders[number])) < trained:
                 self.places.leaks.setdefault(number, (what, leader))
 
-    def _commonest(self, name: str, counts: Counter[str]) -> dict[str, int]:
-        """The commonest of what is counted, and the others together, so that shares are those of all rows."""
-        shown = dict(counts.most_common(SHOWN))
-        others = self.profile[name].total() - sum(shown.values())
-        return shown | {OTHERS: others} if others else shown
-
-    def _known_profile(self) -> dict[str, Counter[str]]:
-        known = {name: Counter(counts) for name, counts in self.profile.items()}
-        for counts in known.values():
-            del counts[OTHERS]
-        del known["opening"][""]
-        if len(known["category"]) == 1:
-            del known["category"][""]
-        return {name: counts for name, counts in known.items() if counts}
-
     def _distributions(self) -> None:
-        """Findings that only the whole set shows: they name no single row."""
-        answers = self.profile["format"].total()
-        profile = self._known_profile()
+        """Findings that only the whole set shows."""
+        answers = self.profile.total("format")
+        known = self.profile.known()
         for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.8)):
-            top = profile.get(name, Counter()).most_common(1)
+            top = known.get(name, Counter()).most_common(1)
             if answers >= ENOUGH and top and top[0][1] >= most * answers and top[0][0] != "prose":
-                self._whole(id, top[0][1], f"{top[0][0]!r} in {top[0][1] / answers:.0%} of the answers")
+                value, count = top[0]
+                detail = f"{value!r} in {count / answers:.0%} of the answers"
+                self._whole(id, count, detail, self.profile.examples(name, value))
         if answers >= ENOUGH and not self.tallies["answer-format"].count:
             low, high = self.lengths["response"].middle(0.9)
             if low >= ALIKE_FROM and high <= 1.2 * low:
-                self._whole("answer-format", round(0.9 * answers), f"nine in ten answers take {low} to {high} tokens")
-        if len(self.languages) > 1:
-            (main, mostly), *others = sorted(self.languages.items(), key=lambda item: -item[1].count)
-            rest = ", ".join(f"{name} {tally.count:,}" for name, tally in others[:6])
-            detail = f"mostly {main} ({mostly.count:,}); also {rest}"
-            self._whole("languages", sum(tally.count for _, tally in others), detail)
-            self.tallies["languages"].examples += [shown for _, tally in others for shown in tally.examples][:3]
-        classes = profile.get("category", Counter())
+                alike = f"nine in ten answers take {low} to {high} tokens"
+                shown = self.profile.examples("format", *known["format"])
+                self._whole("answer-format", round(0.9 * answers), alike, shown)
+        languages = known.get("language", Counter())
+        del languages[NOT_TOLD]
+        if len(languages) > 1:
+            (main, mostly), *others = languages.most_common()
+            rest = ", ".join(f"{name} {count:,}" for name, count in others[:6])
+            detail = f"mostly {main} ({mostly:,}); also {rest}"
+            shown = self.profile.examples("language", *(name for name, _ in others))
+            self._whole("languages", languages.total() - mostly, detail, shown)
+        classes = known.get("category", Counter())
         small = {n: c for n, c in classes.items() if n and c * 10 * len(classes) < classes.total()}
         if small:
-            self._whole("class-balance", sum(small.values()), ", ".join(f"{n} {c:,}" for n, c in small.items()))
+            detail = ", ".join(f"{n} {c:,}" for n, c in small.items())
+            self._whole("class-balance", sum(small.values()), detail, self.profile.examples("category", *small))
         if self.unended > 0.4 * (self.ended + self.unended):  # then it is a style, and says nothing of the single row
             self.tallies["unended"] = Tally()
 
-    def _whole(self, id: str, count: int, detail: str) -> None:
-        self.tallies[id].count = count
+    def _whole(self, id: str, count: int, detail: str, examples: list[Shown]) -> None:
+        self.tallies[id] = Tally(count, examples)
         self.details[id] = shortened(detail, 300)
 
     def _detail(self, id: str) -> str:
@@ -397,4 +389,5 @@ def _told(row: Conversation) -> str:
 
 
 def _fingerprint(row: Conversation) -> int:
-    return fingerprint(*(part for t in row.turns for part in (t.role, t.content, repr(t.tool_calls), t.reasoning)))
+    parts = (part for t in row.turns for part in (t.role, t.content, repr(t.tool_calls), t.reasoning))
+    return fingerprint(*parts, repr(row.tools))

@@ -122,7 +122,7 @@ def _svg(lengths: Lengths) -> str:
     width = 300 / len(bins)
     bars = "".join(
         f'<rect x="{i * width + 1:.1f}" y="{90 - (height := 84 * n / top):.1f}" width="{max(1, width - 2):.1f}" '
-        f'height="{height:.1f}"><title>{low:,} to {high:,} tokens: {n:,} rows</title></rect>'
+        f'height="{height:.1f}"><title>{low:,} to {high:,} tokens: {n:,}</title></rect>'
         for i, (low, high, n) in enumerate(bins)
     )
     first, last = bins[0][0], bins[-1][0]

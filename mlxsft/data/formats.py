@@ -226,6 +226,7 @@ def _format_of(row: Row, name: str) -> _Format:
     if silent is not None:
         return silent
     keys = ", ".join(shown(key)[1:-1] for key in list(row)[:10]) + (", ..." if len(row) > 10 else "")
-    known = "; ".join(f"{candidate} ({FORMATS[candidate].looks})" for candidate in candidates)
-    detail = f"keys {keys or '(none)'} are none of the known formats: {known}"
-    raise Unusable("unknown format", detail if name == "auto" else f"keys {keys or '(none)'}, expected {known}")
+    if name != "auto":
+        raise Unusable("unknown format", f"keys {keys or '(none)'}, expected {name} ({FORMATS[name].looks})")
+    known = ", ".join(FORMATS)
+    raise Unusable("unknown format", f"keys {keys or '(none)'}; name them with columns, or write one of {known}")

@@ -117,12 +117,12 @@ class JsonText:
 
 
 class JsonReader:
-    """Strict JSON, value by value: refuses NaN and Infinity, half characters and nesting without end."""
+    """Strict JSON, value by value: refuses NaN and Infinity, names given twice, half characters and endless nesting."""
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._constants: list[str] = []  # collected, not raised, so that an array can be read on
-        self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
+        self._wrong: list[str] = []  # collected, not raised, so that an array can be read on
+        self._decoder = json.JSONDecoder(parse_constant=self._constant, object_pairs_hook=self._object)
         self.stopped = 0  # where the last value without an end could not be read on
 
     def value(
@@ -133,7 +133,7 @@ class JsonReader:
         `first_line` is the line on which `text` begins, and `first_column` how much of it stands before.
         """
         origin = Origin(self._file, line)
-        self._constants.clear()
+        self._wrong.clear()
         self.stopped = start
         try:
             value, end = self._decoder.raw_decode(text, start)
@@ -146,13 +146,22 @@ class JsonReader:
             return LeftOut(origin, "bad JSON", "nested too deeply", broken=True), None
         except ValueError as error:  # an integer of more than 4,300 digits
             return LeftOut(origin, "bad JSON", str(error), broken=True), None
-        if self._constants:
-            detail = f"{self._constants[0]} is not JSON; write a text or null"
-            return LeftOut(origin, "bad JSON", detail, broken=True), end
+        if self._wrong:
+            return LeftOut(origin, "bad JSON", self._wrong[0], broken=True), end
         if _HALF_CHARACTER.search(text, start, end) and (half := _half_character(value)):
             detail = f"{half} is half of a character and its other half is missing"
             return LeftOut(origin, "unpaired surrogate", detail, broken=True), end
         return (origin, value), end
+
+    def _constant(self, name: str) -> None:
+        self._wrong.append(f"{name} is not JSON; write a text or null")
+
+    def _object(self, members: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(members)
+        if len(made) < len(members):  # of which json would keep the last in silence
+            twice = next(name for i, (name, _) in enumerate(members) if any(name == other for other, _ in members[:i]))
+            self._wrong.append(f"{twice[:40]!a} is there twice in one object")
+        return made
 
 
 def not_utf8(origin: Origin, place: int, byte: int) -> LeftOut:

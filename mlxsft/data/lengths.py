@@ -27,7 +27,7 @@ class Lengths:
             "min": int(values.min()),
             "median": float(np.median(values)),
             "mean": round(float(values.mean()), 1),
-            "p95": float(np.percentile(values, 95)),
+            "p95": round(float(np.percentile(values, 95)), 1),
             "max": int(values.max()),
         }
 

@@ -26,6 +26,9 @@ class LeftOut:
     broken: bool = False
     column: int | None = None  # 1-based, in characters, where one place in the line is meant
 
+    @property
+    def place(self) -> str:
+        return f"{self.origin}" if self.column is None else f"{self.origin}:{self.column}"
+
     def __str__(self) -> str:
-        place = f"{self.origin}" if self.column is None else f"{self.origin}:{self.column}"
-        return f"{place}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+        return f"{self.place}: {self.reason}" + (f": {self.detail}" if self.detail else "")

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxsft.data.formats import Conversation, ToolCall, Turn
 from mlxsft.data.rows import LeftOut, Origin
-from mlxsft.data.shorten import exchanges, shorter
+from mlxsft.data.shorten import answered, cut, exchanges, later
 from mlxsft.data.template import ChatTemplate, Piece, Script, Template, TemplateRefused, Tools, choose_template
 from mlxsft.data.tokenizer import Tokenizer
 from mlxsft.errors import InputRefused
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}")
 ONE_A_TURN = "one example a turn"  # the note of a row whose earlier turns the template rewrites
+OLDEST_LOST = "oldest turns left out, with their answers"
+PART_LOST = "turns split, an answer that is too long left out"
+NO_TRAINED_TOKEN = "no trained token"
 _ROWS_AT_ONCE = 256  # rendered, then tokenized together on all cores
 
 
@@ -135,14 +138,14 @@ class Renderer:
                 yield row, [scripts]
             else:
                 examples = [self._example(row, script, next(ids), data) for script in scripts]
-                yield row, self._fit(row, examples, data)
+                yield row, _without_untrained(self._fit(row, examples, data))
 
     # --- text --------------------------------------------------------------------------------------------------
 
     def _scripts(self, row: Conversation, data: DataRecipe) -> list[Script] | LeftOut:
         """The text of a row's examples; plain text is made a script without a prompt."""
         if data.special_tokens in ("refuse", "drop"):
-            texts = (text for turn in row.turns for text in _texts(turn))
+            texts = (text for turn in row.turns for text in texts_of(turn))
             found = next((m[0] for text in texts if (m := self.tokenizer.special_pattern.search(text))), None)
             if found is not None:
                 detail = f"the text contains {found!r}, which this tokenizer takes for a control token"
@@ -202,14 +205,12 @@ class Renderer:
         note = ONE_A_TURN if len(examples) > 1 else ""
         if any(_PLACEHOLDER.search(turn.content) for turn in row.turns):
             note = "a {{placeholder}} is left in the text (data.fill)"
-        return [self._verified(replace(e, note=note) if note else e) for e in examples] or [
-            LeftOut(row.origin, "no trained token")
-        ]
+        return self._noted(examples, note) or [LeftOut(row.origin, NO_TRAINED_TOKEN)]
 
     def _verified(self, example: Example) -> Example | LeftOut:
         """The example, unless it trains nothing or holds an id that the embedding has no row for."""
         if not example.mask.any():
-            return LeftOut(example.origin, "no trained token")
+            return LeftOut(example.origin, NO_TRAINED_TOKEN)
         if self.embedding_rows is not None and int(example.tokens.max()) >= self.embedding_rows:
             # MLX would read foreign memory there.
             detail = f"id {int(example.tokens.max())}, where the embedding has {self.embedding_rows} rows"
@@ -227,13 +228,25 @@ class Renderer:
             return [self._verified(e) for e in _windows(examples[0], data.max_tokens)]
         if data.too_long == "split-turns" and len(parts := exchanges(row.turns)) > 1:
             return self._split(row, parts, data)
-        for turns in shorter(row.turns, longest - data.max_tokens, self.tokenizer):
-            made = self._plain(replace(row, turns=turns), data)
-            if made and all(len(e.tokens) <= data.max_tokens for e in made):
-                fewer = len(exchanges(turns)) < len(exchanges(row.turns))
-                note = "oldest turns left out, with their answers" if fewer else "prompt shortened"
-                return [self._verified(replace(e, note=note)) for e in made]
-        return [LeftOut(row.origin, "answer too long", detail)]
+        return self._shortened(row, data) or [LeftOut(row.origin, _too_long_part(examples, data), detail)]
+
+    def _shortened(self, row: Conversation, data: DataRecipe) -> Made:
+        """The last exchanges that fit, or the last one without the beginning of its prompt; empty where none does."""
+        last, examples = row, list[Example]()
+        for turns in later(answered(row.turns)):
+            last = replace(row, turns=turns)
+            examples = self._plain(last, data)
+            if _fit(examples, data):
+                return self._noted(examples, _turns_lost(row, last))
+        excess = max((len(e.tokens) for e in examples), default=0) - data.max_tokens
+        for turns in cut(last.turns, excess, self.tokenizer):
+            examples = self._plain(replace(row, turns=turns), data)
+            if _fit(examples, data):
+                return self._noted(examples, _turns_lost(row, last) or "prompt shortened")
+        return []
+
+    def _noted(self, examples: Iterable[Example], note: str) -> Made:
+        return [self._verified(replace(e, note=note) if note else e) for e in examples]
 
     def _plain(self, row: Conversation, data: DataRecipe) -> list[Example]:
         """The examples of a row, whatever their length; none where the template refuses."""
@@ -263,7 +276,34 @@ class Renderer:
                 alone = replace(row, turns=(*system, *parts[start]))
                 made += self.examples(alone, data)
                 start += 1
+        made = _without_untrained(made)
+        if any(isinstance(m, LeftOut) for m in made):
+            made = [replace(m, note=PART_LOST) if isinstance(m, Example) else m for m in made]
         return made
+
+
+def _without_untrained(made: Made) -> Made:
+    """What a row gives, without the parts in which nothing is trained where others are."""
+    kept = [m for m in made if isinstance(m, Example) or m.reason != NO_TRAINED_TOKEN]
+    return kept or made[:1]
+
+
+def _fit(examples: Sequence[Example], data: DataRecipe) -> bool:
+    """Whether there are examples, none of too many tokens."""
+    return bool(examples) and all(len(e.tokens) <= data.max_tokens for e in examples)
+
+
+def _turns_lost(row: Conversation, shortened: Conversation) -> str:
+    """What the shortened row says of its turns: that it has fewer answers, or nothing."""
+    fewer = len(exchanges(shortened.turns)) < len(exchanges(answered(row.turns)))
+    return OLDEST_LOST if fewer else ""
+
+
+def _too_long_part(examples: Sequence[Example], data: DataRecipe) -> str:
+    """What keeps the longest example from fitting: its last answer where that takes half of the tokens allowed."""
+    longest = max(examples, key=lambda e: len(e.tokens))
+    answer = len(longest.tokens) - longest.answers[-1] if longest.answers else 0
+    return "answer too long" if 2 * answer >= data.max_tokens else "prompt too long"
 
 
 def _windows(example: Example, max_tokens: int) -> Iterator[Example]:
@@ -273,7 +313,7 @@ def _windows(example: Example, max_tokens: int) -> Iterator[Example]:
         yield replace(example, tokens=tokens, mask=np.arange(len(tokens)) > 0, note="text split")
 
 
-def _texts(turn: Turn) -> Iterator[str]:
+def texts_of(turn: Turn) -> Iterator[str]:
     """Every text in a turn."""
     yield from (turn.content, turn.reasoning)
     for call in turn.tool_calls:

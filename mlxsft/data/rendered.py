@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CACHE_FROM_ROWS = 2000  # fewer are rendered faster than people notice
 CACHE_BYTES = 2_000_000_000  # of all files together; the oldest go first
-_LAYOUT = 2  # of a cache file; raised whenever it, or what a template makes of a row, changes
+_LAYOUT = 3  # of a cache file; raised whenever it, or what a template makes of a row, changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from mlxsft.data.formats import Turn
 from mlxsft.data.tokenizer import Tokenizer
 
 Turns = tuple[Turn, ...]
+_CUT_FIRST = ("user", "tool", "system")  # a question loses of its beginning before what it is about does
 
 
 def exchanges(turns: Turns) -> list[Turns]:
@@ -18,21 +19,31 @@ def exchanges(turns: Turns) -> list[Turns]:
     return [rest[a:b] for a, b in zip(starts, [*starts[1:], len(rest)], strict=True)]
 
 
-def shorter(turns: Turns, excess: int, tokenizer: Tokenizer) -> Iterator[Turns]:
-    """Ever shorter forms of a conversation, each at least `excess` tokens shorter in the end.
+def answered(turns: Turns) -> Turns:
+    """The turns up to the last answer that is trained; what stands behind it is never part of an example."""
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained), default=len(turns) - 1)
+    return turns[: last + 1]
 
-    Whole exchanges go first, the oldest first; then, in the exchange that is left, the beginning of the question.
-    System turn and last answer stay whole.
-    """
+
+def later(turns: Turns) -> Iterator[Turns]:
+    """The conversation from every exchange on, with its system turn: the whole of it, then ever less, to the last."""
     system, parts = turns[: turns[0].role == "system"], exchanges(turns)
-    for first in range(1, len(parts)):
+    for first in range(len(parts)):
         yield (*system, *(turn for part in parts[first:] for turn in part))
-    last = parts[-1]
-    if last[0].role != "user":
-        return
-    ids = tokenizer.encode(tokenizer.fence(last[0].content))
-    cut = excess
-    while cut < len(ids):
-        text = tokenizer.decode(ids[cut:]).lstrip("\ufffd ")
-        yield (*system, replace(last[0], content=text), *last[1:])
-        cut += max(1, cut // 8)
+
+
+def cut(turns: Turns, excess: int, tokenizer: Tokenizer) -> Iterator[Turns]:
+    """Ever shorter forms of one exchange, from `excess` tokens shorter on: one turn loses its beginning.
+
+    That is the question where it has so many tokens, otherwise the result of a tool, otherwise the system turn. Answers
+    stay whole.
+    """
+    for role in _CUT_FIRST:
+        for i, turn in enumerate(turns):
+            if turn.role == role:
+                ids = tokenizer.encode(tokenizer.fence(turn.content))
+                start = max(1, excess)
+                while start < len(ids):
+                    text = tokenizer.decode(ids[start:]).lstrip("\ufffd ")
+                    yield (*turns[:i], replace(turn, content=text), *turns[i + 1 :])
+                    start += max(1, start // 8)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxsft.data.formats import Conversation, read_conversations
+from mlxsft.data.phrasings import load_phrasings
 from mlxsft.data.render import ONE_A_TURN, Example, Renderer
 from mlxsft.data.rows import LeftOut
 from mlxsft.data.sources import RowSource
+from mlxsft.data.template import answers_of
 from mlxsft.terminal import printable
 
 if TYPE_CHECKING:
@@ -57,12 +59,17 @@ class Shown:
         return json.dumps(row, ensure_ascii=False)
 
 
-def shown_rows(sources: Sequence[RowSource], data: DataRecipe, renderer: Renderer, count: int) -> Iterator[Shown]:
-    """The first `count` rows."""
+def shown_rows(
+    sources: Sequence[RowSource], data: DataRecipe, renderer: Renderer, count: int, *, seed: int = 0
+) -> Iterator[Shown]:
+    """The first `count` rows, each question in the phrasing that a run of this seed trains first."""
+    phrasings = load_phrasings(data.templates) if data.templates is not None else None
     for row in islice(read_conversations(sources, format=data.format, columns=data.columns, fill=data.fill), count):
         if isinstance(row, LeftOut):
             yield Shown(str(row.origin), [], row, None)
             continue
+        if phrasings is not None:
+            (row,) = phrasings.phrase(row, seed=seed)
         made = list(renderer.examples(row, data))
         examples = [e for e in made if isinstance(e, Example)]
         left_out = next((e for e in made if isinstance(e, LeftOut)), None)
@@ -74,7 +81,7 @@ def shown_rows(sources: Sequence[RowSource], data: DataRecipe, renderer: Rendere
 
 def _prompt_matches(row: Conversation, examples: Sequence[Example], renderer: Renderer) -> bool | None:
     """Whether what chat would send before each trained answer is what stands before it in the example."""
-    asked = [row.turns[:i] for i, turn in enumerate(row.turns) if turn.role == "assistant"]
+    asked = [row.turns[:i] for i in answers_of(row.turns)]
     before = [e.tokens[:start].tolist() for e in examples for start in e.answers]
     if not asked or not before:
         return None

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -33,7 +34,11 @@ def delimited_rows(file: Path, stream: IO[bytes], delimiter: str) -> Rows:
 
 
 def _records(file: Path, text: Iterable[str], delimiter: str) -> Rows:
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = iter(text)
+    first = next(lines, "")
+    # Spreadsheets write semicolons where the comma is the decimal sign, and tabs.
+    delimiter = next((d for d in (delimiter, ";", "\t") if d in first), delimiter)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         origin = Origin(str(file), reader.line_num + 1)

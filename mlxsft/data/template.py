@@ -219,16 +219,14 @@ class ChatTemplate:
     def _answers(self, turns: Sequence[Turn], tools: Tools) -> list[tuple[str, Piece]]:
         """The prompt before each answer, and the answer itself up to and including its end token."""
         found = []
-        for i, turn in enumerate(turns):
-            # A greeting before anything was asked is part of what is read, not of what is answered.
-            if turn.role == "assistant" and any(t.role != "system" for t in turns[:i]):
-                thinking = bool(turn.reasoning)
-                before = self._prompt_text(turns[:i], tools, thinking=thinking)
-                whole = self._render(turns[: i + 1], tools, thinking=thinking)
-                start = before
-                if not whole.startswith(before):
-                    start = self._rewritten(turns[:i], before, tools, thinking=thinking)
-                found.append((before, Piece(self._answer(whole, start), True, turn.trained)))
+        for i in answers_of(turns):
+            thinking = bool(turns[i].reasoning)
+            before = self._prompt_text(turns[:i], tools, thinking=thinking)
+            whole = self._render(turns[: i + 1], tools, thinking=thinking)
+            start = before
+            if not whole.startswith(before):
+                start = self._rewritten(turns[:i], before, tools, thinking=thinking)
+            found.append((before, Piece(self._answer(whole, start), True, turns[i].trained)))
         return found
 
     def _rewritten(self, turns: Sequence[Turn], before: str, tools: Tools, *, thinking: bool) -> str:
@@ -288,6 +286,12 @@ class ChatTemplate:
         if not self._takes_system and len(turns) > 1 and (turns[0].role, turns[1].role) == ("system", "user"):
             return (replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:])
         return turns
+
+
+def answers_of(turns: Sequence[Turn]) -> list[int]:
+    """Where the answers stand. A greeting before anything was asked is part of what is read, not an answer."""
+    asked = next((i for i, turn in enumerate(turns) if turn.role not in ("system", "assistant")), len(turns))
+    return [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
 
 
 def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:

@@ -240,6 +240,44 @@ def test_text_and_columns(tmp_path: Path, base: Path, capsys: pytest.CaptureFixt
     assert trained_turns(row["examples"][0]) == [" A<|endoftext|>"]
 
 
+def test_a_greeting_that_opens_a_row_is_shown(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no answer: nothing was asked before it that chat could send."""
+    path = tmp_path / "rows.jsonl"
+    said = [("gpt", "Welcome!"), ("human", "hi"), ("gpt", "Hello!")]
+    path.write_text(json.dumps({"conversations": [{"from": who, "value": text} for who, text in said]}) + "\n")
+    (line,) = show(capsys, str(path), "--model", str(tiny_llama), "--json").splitlines()
+    row = json.loads(line)
+    assert row["prompt_matches"] is True
+    assert trained_turns(row["examples"][0]) == ["Hello!<|im_end|>"]
+
+
+def test_phrasings_are_shown_as_a_run_of_the_seed_trains_them(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a b."}) + "\n" for i in range(9)))
+    (tmp_path / "mine.yaml").write_text("phrasings: ['One: {instruction}', 'Two: {instruction}']")
+    arguments = ("--model", str(tiny_llama), "--plain", "-n", "9", "--templates", str(tmp_path / "mine.yaml"))
+    out = show(capsys, str(path), *arguments)
+    found = re.findall(r"(One|Two): q(\d)", out)
+    assert [number for _, number in found] == list("012345678")
+    assert {name for name, _ in found} == {"One", "Two"}
+    assert show(capsys, str(path), *arguments) == out
+    assert show(capsys, str(path), *arguments, "--seed", "1") != out
+
+
+def test_what_a_template_does_is_said_beside_the_rows(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemma = Path(__file__).parents[1] / "data" / "templates" / "gemma-2.jinja"
+    ends = ("<start_of_turn>", "<end_of_turn>", "<bos>")
+    write_llama(tmp_path / "gemma", chat_template=gemma.read_text(), bos="<bos>", eos="<end_of_turn>", special=ends)
+    assert call(["data", "show", str(rows), "--model", str(tmp_path / "gemma"), "-n", "1"]) == 0
+    assert "note: the template takes no system turn" in capsys.readouterr().err
+
+
 def test_why_the_prompts_differ_is_said(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_llama(tmp_path / "qwen3", tokenizer_from=real / "tokenizers" / "qwen3")
     path = tmp_path / "rows.jsonl"

@@ -154,6 +154,52 @@ def answered(answers: list[str]) -> list[dict[str, object]]:
     return [{"prompt": f"question {words(i, 5)}", "completion": answer} for i, answer in enumerate(answers)]
 
 
+def examples(audit: Audit, id: str) -> list[tuple[str, str]]:
+    shown = next(f.examples for f in audit.findings if f.id == id)
+    return [(e.place.rpartition(".jsonl:")[2], e.excerpt) for e in shown]
+
+
+def test_findings_of_the_whole_set_show_the_first_rows_that_make_them(renderer: Renderer, tmp_path: Path) -> None:
+    rows = answered([words(0, 9), *(f"- Sure, here is {words(i, 5)}\n- b" for i in range(1, 24))])
+    for i, row in enumerate(rows):
+        row["category"] = "rare" if i == 7 else "many"
+    audit = audit_of(tmp_path, renderer, rows)
+    first = [(str(i + 1), f"- Sure, here is {words(i, 5)} - b") for i in (1, 2, 3)]
+    assert examples(audit, "opening-phrase") == examples(audit, "answer-format") == first
+    assert examples(audit, "class-balance") == [("8", f"question {words(7, 5)}")]
+
+
+def test_a_broken_row_is_shown_with_its_column(renderer: Renderer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "completion": "a b"}\n{"prompt": "q" "completion": "a"}\n')
+    audit = check([path], recipe(), renderer)
+    assert examples(audit, "broken") == [("2:16", "bad JSON: Expecting ',' delimiter")]
+
+
+def test_personal_data_is_found_in_calls_and_thoughts(renderer: Renderer, tmp_path: Path) -> None:
+    mail = "jo.doe@mail.com"
+    call = {"function": {"name": "send", "arguments": {"to": [mail]}}}
+    rows: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": "Send it."}, {"role": "assistant", "content": "Yes.", **said}]}
+        for said in ({"tool_calls": [call]}, {"reasoning_content": f"The address is {mail}."})
+    ]
+    assert [place for place, _ in examples(audit_of(tmp_path, renderer, rows), "pii")] == ["1", "2"]
+
+
+def test_rows_that_become_one_example_a_turn_are_said_and_measured_by_the_example(real: Path, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "qwen3", tokenizer_from=real / "tokenizers" / "qwen3")
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
+    renderer = load_renderer(open_model(str(model)))
+    audit = audit_of(tmp_path, renderer, [{"messages": turns}, {"messages": turns[:2]}])
+    (note,) = [n for n in audit.notes if "one example a turn" in n]
+    assert "1 rows" in note
+    assert note.endswith(".jsonl:1)")
+    assert sum(count for _, _, count in audit.lengths["total"].histogram()) == 4
+    answers = {len(renderer.tokenizer.encode(f"assistant {i}<|im_end|>")) for i in range(3)}
+    summary = audit.lengths["response"].summary()
+    assert (summary["min"], summary["max"]) == (min(answers), max(answers))
+
+
 def test_one_opening_in_a_fifth_of_the_answers_dominates(renderer: Renderer, tmp_path: Path) -> None:
     others = [words(i, 8 + i % 30) for i in range(40)]
     sure = [f"Sure, here is it: {words(i, 9 + i)}" for i in range(10)]

@@ -173,9 +173,8 @@ def test_a_wrong_type_names_the_key_and_what_was_found(row: object, detail: str)
 
 def test_an_unknown_format_names_the_keys_and_the_known_formats() -> None:
     detail = detail_of({"frage": "Hallo?", "antwort": "Ja.", "\x1b[2J": ""})
-    assert detail.startswith("keys frage, antwort, \\u001b[2J are none of the known formats: ")
-    for name in FORMATS:
-        assert f"{name} (" in detail
+    assert detail.startswith("keys frage, antwort, \\u001b[2J; name them with columns, or write one of messages, ")
+    assert detail.endswith(", ".join(FORMATS))
 
 
 def test_a_named_format_is_what_every_row_must_be() -> None:
@@ -345,6 +344,18 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 def test_a_syntax_error_ends_an_array(tmp_path: Path, content: str, good: int, line: int, column: int) -> None:
     rows = read(written(tmp_path, content))
     assert places(rows) == [None] * good + [(line, column, "bad JSON")]
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "a", "text": "b"}', '{"messages": [{"role": "user", "content": "a", "role": "user"}]}']
+)
+def test_a_name_given_twice_in_one_object_is_refused_and_the_next_row_read(tmp_path: Path, row: str) -> None:
+    """JSON's own readers keep the last one and lose the others in silence."""
+    for content, name in ((f'{row}\n{{"text": "c"}}', "rows.jsonl"), (f'[{row},\n{{"text": "c"}}]', "rows.json")):
+        broken, good = read(written(tmp_path, content, name))
+        assert isinstance(broken, LeftOut)
+        assert broken.detail == f"'{'text' if 'text' in row else 'role'}' is there twice in one object"
+        assert isinstance(good, Conversation)
 
 
 def test_an_array_goes_on_after_what_is_only_no_row(tmp_path: Path) -> None:

@@ -92,13 +92,15 @@ def test_answers_and_their_end_are_trained_and_nothing_else(tmp_path: Path, name
     assert marked(renderer(tmp_path, template), TWO) == [expected]
 
 
+REWRITES = (  # as Qwen3 does: an empty thought before the last answer only
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<t>\n\n</t>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<t>\n\n</t>\n\n{% endif %}{% endif %}"
+)
+
+
 def test_a_template_that_rewrites_history_gives_one_example_a_turn(tmp_path: Path) -> None:
-    thinking = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<t>\n\n</t>\n\n"
-        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{% if enable_thinking is defined and enable_thinking is false %}<t>\n\n</t>\n\n{% endif %}{% endif %}"
-    )
-    r = renderer(tmp_path, thinking)
+    r = renderer(tmp_path, REWRITES)
     assert marked(r, TWO) == [
         "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<t>\n\n</t>\n\n[I am Pip.<|im_end|>]",
         "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nI am Pip.<|im_end|>\n"
@@ -288,7 +290,74 @@ def test_split_turns_trains_every_answer_once_in_as_few_examples_as_hold_them(tm
     assert all(show(r, e).startswith("<|im_start|>system\nBe kind.<|im_end|>\n") for e in examples)
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (*TWO, Turn("user", "q " * 80), Turn("assistant", "Yes!")),  # of two hundred tokens, the older ones leave too
+        (Turn("user", "one two " * 60), Turn("assistant", "No."), Turn("user", "q " * 80), Turn("assistant", "Yes!")),
+        (Turn("user", "q " * 80), Turn("assistant", "Yes!"), Turn("user", "thanks")),  # nothing is trained behind it
+        (Turn("user", "q " * 80), Turn("assistant", "Yes!"), *ONE[:1], Turn("assistant", "no", trained=False)),
+        (Turn("system", "q " * 80), Turn("user", "Sure?"), Turn("assistant", "Yes!")),
+    ],
+)
+def test_the_prompt_of_the_last_trained_answer_loses_no_more_than_it_must(
+    tmp_path: Path, turns: tuple[Turn, ...]
+) -> None:
+    r = renderer(tmp_path)
+    (made,) = r.examples(Conversation(turns, ORIGIN), data(max_tokens=90))
+    assert isinstance(made, Example)
+    answers = [turn.content for turn in turns if turn.role == "assistant" and turn.trained]
+    assert made.note == ("prompt shortened" if len(answers) == 1 else "oldest turns left out, with their answers")
+    assert 80 <= len(made.tokens) <= 90
+    text = show(r, made)
+    assert text.endswith("[Yes!<|im_end|>]")
+    assert text.count("q") > 20
+    assert ("Sure?" in text) is (turns[0].role == "system")
+
+
+def test_the_result_of_a_tool_is_shortened_before_an_answer_is_lost(tmp_path: Path) -> None:
+    call = Turn("assistant", "calling")
+    turns = (Turn("user", "Sure?"), call, Turn("tool", "r " * 80), Turn("assistant", "Yes!"))
+    r = renderer(tmp_path)
+    (made,) = r.examples(Conversation(turns, ORIGIN), data(max_tokens=90))
+    assert isinstance(made, Example)
+    assert len(made.answers) == 2
+    assert "Sure?" in show(r, made)
+
+
+def test_what_is_too_long_is_named(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    assert left_out(r, (ONE[0], Turn("assistant", "Hi " * 100)), max_tokens=60).reason == "answer too long"
+    spread = tuple(Turn(role, "Hi " * 20) for role in ("system", "user"))  # neither alone is long enough to be cut
+    assert left_out(r, (*spread, Turn("assistant", "Yes!")), max_tokens=18).reason == "prompt too long"
+
+
+def test_an_answer_that_does_not_fit_in_a_split_row_is_said(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    turns = (
+        *ONE,
+        Turn("user", "hi"),
+        Turn("assistant", "Hello! " * 30),
+        Turn("user", "bye"),
+        Turn("assistant", "Bye!"),
+    )
+    made = r.examples(Conversation(turns, ORIGIN), data(max_tokens=70, too_long="split-turns"))
+    notes = [m.note if isinstance(m, Example) else m.reason for m in made]
+    said = "turns split, an answer that is too long left out"
+    assert notes == [said, "answer too long", said]
+
+
 # --- answers that are not trained, thoughts and tools ----------------------------------------------------------------
+
+
+def test_a_turn_that_is_not_trained_is_no_row_left_out(tmp_path: Path) -> None:
+    """Where history is rewritten it would be an example of its own."""
+    r = renderer(tmp_path, REWRITES)
+    turns = (ONE[0], Turn("assistant", "no", trained=False), Turn("user", "hi"), Turn("assistant", "yes"))
+    (made,) = r.examples(Conversation(turns, ORIGIN), data())
+    assert isinstance(made, Example)
+    (left,) = r.examples(Conversation(turns[:2], ORIGIN), data())
+    assert isinstance(left, LeftOut)
 
 
 def test_an_answer_can_be_left_out_of_training(tmp_path: Path) -> None:

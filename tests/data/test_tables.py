@@ -40,6 +40,9 @@ def read(path: Path) -> list[tuple[int, Mapping[str, Any]] | tuple[int, str]]:
         ('a,b\n1,2\n"3,4\n5,6\n', [(2, {"a": "1", "b": "2"}), (3, "bad CSV")]),
         (b"a,b\n1,\xff\n3,4\n", [(2, "not UTF-8"), (3, {"a": "3", "b": "4"})]),
         ("a,a\n1,2\n", [(1, "bad header")]),
+        ('a;b\n"1;1";2,5\n', [(2, {"a": "1;1", "b": "2,5"})]),
+        ("a\tb\n1;2\t3,4\n", [(2, {"a": "1;2", "b": "3,4"})]),
+        ("a,b;c\n1,2;3\n", [(2, {"a": "1", "b;c": "2;3"})]),
         ("a,\n1,2\n", [(1, "bad header")]),
     ],
 )
