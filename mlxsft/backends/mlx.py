@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 
+# Freed memory that is kept for the next arrays on the CPU device. MLX keeps 32 MiB, and each step then asks the system
+# for a gigabyte anew, which costs 3 to 7 % of it (SmolLM2-135M, 4 rows of 128 tokens).
+CPU_CACHE_BYTES = 2**30
+
+
 class MlxBackend:
     """A checkpoint on MLX's default device; see `mlxsft.backends.Backend` for what each method does."""
 
@@ -61,6 +66,7 @@ class MlxBackend:
         self._compiled = self.device == "gpu"
         if self.device == "cpu":
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
+            mx.set_cache_limit(CPU_CACHE_BYTES)
             self.notes += [BLAS_HINT] if BLAS_HINT else []
         mx.reset_peak_memory()
         self._source = source

@@ -18,40 +18,53 @@ load_blas()  # before MLX is imported, which would take its own
 
 import mlx.core as mx  # noqa: E402
 
+from mlxsft.backends.mlx_exp import is_faster, softmax, swiglu  # noqa: E402
 from mlxsft.backends.mlx_models import mlx_lm  # noqa: E402
 
-NAME = "scaled_dot_product_attention"
+ATTENTION = "scaled_dot_product_attention"
+GATE = "swiglu"
 BLOCK = 128  # queries computed at once
 
 
 @contextmanager
-def blockwise_attention() -> Iterator[None]:
-    """Within it, mlx-lm's models compute their attention in blocks.
+def economical_functions() -> Iterator[None]:
+    """Within it, mlx-lm's models compute attention in blocks, and gates with `mlx_exp` where that is faster.
 
-    All of them call one function, which each module of mlx-lm has imported under its name; outside it is as before.
+    All of them call one function for each, which each module of mlx-lm has imported under its name; outside it is as
+    before.
     """
-    plain = getattr(mlx_lm("models.base"), NAME)
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("mlx_lm.models.") and getattr(module, NAME, None) is plain
-    ]
+    attention = getattr(mlx_lm("models.base"), ATTENTION)
+    gate = getattr(mlx_lm("models.activations"), GATE)
 
-    def attention(
+    def blockwise(
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
-    ) -> mx.array:
+    ) -> Any:
         if queries.shape[-2] != keys.shape[-2] or sinks is not None:  # generation, or a learned place to look at
-            result: mx.array = plain(queries, keys, values, cache, scale, mask, sinks)
-            return result
+            return attention(queries, keys, values, cache, scale, mask, sinks)
         return in_blocks(queries, keys, values, scale, mask)
 
+    def gated(gate_input: mx.array, x: mx.array) -> Any:
+        return swiglu(gate_input, x) if is_faster(gate_input) else gate(gate_input, x)
+
+    with _replaced(ATTENTION, attention, blockwise), _replaced(GATE, gate, gated):
+        yield
+
+
+@contextmanager
+def _replaced(name: str, plain: Any, other: Any) -> Iterator[None]:
+    """Within it, a function that mlx-lm's models have imported under a name is another one."""
+    modules = [
+        module
+        for path, module in list(sys.modules.items())
+        if path.startswith("mlx_lm.models.") and getattr(module, name, None) is plain
+    ]
     for module in modules:
-        setattr(module, NAME, attention)
+        setattr(module, name, other)
     try:
         yield
     finally:
         for module in modules:
-            setattr(module, NAME, plain)
+            setattr(module, name, plain)
 
 
 def in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
@@ -113,7 +126,34 @@ def _attend(scale: float, causal: bool, *fixed: mx.array) -> Callable[..., mx.ar
 
     def attend(queries: mx.array, keys: mx.array, values: mx.array, *mask: mx.array) -> mx.array:
         seen = "causal" if causal else (*mask, *fixed, None)[0]
+        if is_faster(queries):
+            return _attend_by_parts(queries, keys, values, scale, seen)
         result: mx.array = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=seen)
         return result
 
     return attend
+
+
+def _attend_by_parts(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
+    """The same from products and `mlx_exp.softmax`. Queries that share keys lie one after another in one product."""
+    rows, heads, length, width = queries.shape
+    shared, seen = keys.shape[1], keys.shape[2]
+    together = (queries * scale).reshape(rows, shared, heads // shared * length, width)
+    scores = together @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        scores = scores.reshape(rows, shared, heads // shared, length, seen) + _added(mask, length, seen, shared)
+    weights = softmax(scores).reshape(rows, shared, heads // shared * length, seen)
+    result: mx.array = (weights @ values).reshape(rows, heads, length, values.shape[-1])
+    return result
+
+
+def _added(mask: Any, length: int, seen: int, shared: int) -> Any:
+    """A mask as numbers to add to scores [B, heads of keys, queries a head, T, S]."""
+    if isinstance(mask, str):
+        mask = mx.arange(seen - length, seen)[:, None] >= mx.arange(seen)
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, mx.finfo(mx.float32).min)
+    if mask.ndim == 4:
+        heads = mask.shape[1]
+        mask = mask.reshape(mask.shape[0], *((1, 1) if heads == 1 else (shared, heads // shared)), *mask.shape[2:])
+    return mask

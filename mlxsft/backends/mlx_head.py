@@ -19,6 +19,7 @@ load_blas()  # before MLX is imported, which would take its own
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
+from mlxsft.backends.mlx_exp import is_faster, softmax  # noqa: E402
 from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
 from mlxsft.backends.mlx_models import LOADING_ERRORS  # noqa: E402
 
@@ -180,7 +181,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, smoothing: float = 0.0) -
     @mx.custom_function
     def losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         logits = logits.astype(mx.float32)
-        probabilities = mx.softmax(logits, axis=-1)
+        probabilities = softmax(logits) if is_faster(logits) else mx.softmax(logits, axis=-1)
         normal = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
         losses = normal - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         if smoothing:

@@ -20,7 +20,7 @@ load_blas()  # before MLX is imported, which would take its own
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-from mlxsft.backends.mlx_attention import blockwise_attention  # noqa: E402
+from mlxsft.backends.mlx_attention import economical_functions  # noqa: E402
 from mlxsft.backends.mlx_head import Arrays, Head, chunked_losses, cross_entropy, summed_loss  # noqa: E402
 from mlxsft.backends.mlx_intercept import computed_again  # noqa: E402
 from mlxsft.backends.mlx_packing import isolation  # noqa: E402
@@ -95,14 +95,14 @@ class Loss:
         """What the layer above the trunk gets, [B, T, D]."""
         inputs = self.inputs(batch, few_shapes=False)
         cache = {} if inputs.segments is None else {"cache": isolation(self._model, inputs.segments)}
-        with blockwise_attention():
+        with economical_functions():
             return trunk.outputs(inputs.tokens, **cache)
 
     @contextmanager
     def _economical(self, inputs: Inputs, trunk: Trunk | None, *, again: bool = False) -> Iterator[None]:
         """Within it, the model is called in the way that costs least."""
         with ExitStack() as stack:
-            stack.enter_context(blockwise_attention())
+            stack.enter_context(economical_functions())
             if again:
                 stack.enter_context(computed_again(self._model.layers))
             if inputs.trunk is not None and trunk is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from mlxsft.backends import mlx_attention
 from mlxsft.backends.mlx import mx
-from mlxsft.backends.mlx_attention import blockwise_attention, in_blocks
+from mlxsft.backends.mlx_attention import economical_functions, in_blocks
 from mlxsft.backends.mlx_models import mlx_lm
 from mlxsft.backends.mlx_packing import Isolated
 from tests.backends.test_mlx_training import Trainer, largest_difference, run
@@ -81,7 +81,7 @@ def test_memory_grows_with_the_length(peak_of: Callable[[Callable[[], object]], 
 
 
 def failing() -> None:
-    with blockwise_attention():
+    with economical_functions():
         raise KeyError
 
 
@@ -89,7 +89,7 @@ def test_it_is_there_for_a_while_only() -> None:
     llama, base = mlx_lm("models.llama"), mlx_lm("models.base")
     before = llama.scaled_dot_product_attention
     assert before is base.scaled_dot_product_attention
-    with blockwise_attention():
+    with economical_functions():
         assert llama.scaled_dot_product_attention is not before
     with pytest.raises(KeyError):
         failing()
