@@ -161,4 +161,11 @@ class SaveRecipe(Section):
         default=0.25,
         description="How often a checkpoint is written: a share of the run (0.25) or a number of steps (200).",
     )
-    keep: int = Field(default=2, ge=1, description="How many checkpoints are kept: the newest.")
+    keep: int = Field(
+        default=2, ge=1, description="How many checkpoints are kept: the newest, and that of the best evaluation."
+    )
+    adapter: Literal["best", "last"] = Field(
+        default="best",
+        description="Which adapter lies in the run folder. best: that of the evaluation with the lowest validation "
+        "loss, the newest where nothing is held out; last: the newest.",
+    )

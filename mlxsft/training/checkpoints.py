@@ -22,6 +22,7 @@ from mlxsft.models.adapter import atomic_write, refuse_non_finite, save_adapter,
 from mlxsft.training.events import Event, from_json
 
 Tensors = Mapping[str, np.ndarray]
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what reading a damaged checkpoint raises
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Progress:
     computed_tokens: int = 0  # with the padding
     skipped_steps: int = 0
     seconds: float = 0.0
-    best_valid_loss: float | None = None
+    valid_loss_before: float | None = None  # that of step 0
+    best_valid_loss: float | None = None  # of the steps after
+    best_step: int | None = None
+    evaluations: int = 0  # after step 0
     evaluations_since_best: int = 0
     evaluated_at: int | None = None  # the step of the last evaluation
 
@@ -88,6 +92,19 @@ class RunFolder:
                 shutil.rmtree(self.path)
 
     @property
+    def busy(self) -> bool:
+        """Whether a run is at work in the folder."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with FileLock(self.path / ".lock").acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # a folder that cannot be written to
+            return False
+
+    @property
     def begun(self) -> bool:
         return self.recipe.exists() or self.checkpoints.exists()
 
@@ -118,7 +135,7 @@ class RunFolder:
         if not self.events.exists():
             return
         kept = []
-        for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.events.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError):
                 event = from_json(line)
                 if getattr(event, "step", 0) <= step:
@@ -128,13 +145,21 @@ class RunFolder:
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def save(
-        self, adapter: Tensors, config: Mapping[str, Any], optimizer: Tensors, progress: Progress, *, keep: int
+        self,
+        adapter: Tensors,
+        config: Mapping[str, Any],
+        optimizer: Tensors,
+        progress: Progress,
+        *,
+        keep: int,
+        adapter_step: int | None = None,
     ) -> Path:
         """Write a checkpoint aside, make it whole, then give it its name; replace the run's adapter; drop old ones.
 
+        The run's adapter is that of `adapter_step`, whose checkpoint stays beside the `keep` newest; None: of this one.
         Raises Diverged for a tensor that is not finite, OutOfResources when the disk is full.
         """
-        target = self.checkpoints / f"step-{progress.step:07d}"
+        target = self.checkpoints / _name(progress.step)
         refuse_non_finite(target, {**adapter, **optimizer})
         aside = self.checkpoints / f".{target.name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
@@ -148,10 +173,25 @@ class RunFolder:
                 atomic_write(aside / name, data)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(aside, target)
-        save_adapter(self.path, adapter, config)
+        if adapter_step in (None, progress.step):
+            save_adapter(self.path, adapter, config)
         for old in self._names()[keep:]:
-            shutil.rmtree(self.checkpoints / old, ignore_errors=True)
+            if old != _name(adapter_step):
+                shutil.rmtree(self.checkpoints / old, ignore_errors=True)
         return target
+
+    def restore_adapter(self, step: int, config: Mapping[str, Any]) -> list[str]:
+        """Make the adapter of this step's checkpoint the run's; a sentence where that checkpoint is damaged.
+
+        A kill may have come between the checkpoint and the run's adapter, or a later adapter may be taken back.
+        """
+        name = _name(step)
+        try:
+            checkpoint = _load(self.checkpoints / name)
+        except _DAMAGE as error:
+            return [f"checkpoint {name} is damaged ({error}); the adapter of the run is left as it is"]
+        save_adapter(self.path, checkpoint.adapter, config)
+        return []
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
@@ -161,13 +201,17 @@ class RunFolder:
         for name in self._names():
             try:
                 return _load(self.checkpoints / name), refused
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except _DAMAGE as error:
                 refused.append(f"checkpoint {name} is damaged ({error}); the one before is taken")
         return None, refused
 
     def _names(self) -> list[str]:
         """Names of the checkpoints, the newest first."""
         return sorted((p.name for p in self.checkpoints.glob("step-*")), reverse=True)
+
+
+def _name(step: int | None) -> str:
+    return "" if step is None else f"step-{step:07d}"
 
 
 def _bytes(tensors: Tensors) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -76,7 +77,10 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The loss, in nats a trained token, over all held-out rows (null: not finite); `best`: the lowest so far."""
+    """The loss, in nats a trained token, over all held-out rows (null: not finite).
+
+    `best`: the lowest so far after step 0, which is the model before training.
+    """
 
     kind = "eval"
     step: int
@@ -85,6 +89,17 @@ class Evaluated(Event):
     rows: int
     best: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Overfitted(Event):
+    """Training and validation part: losses of the last evaluations, with the mean of the steps before each."""
+
+    kind = "overfitting"
+    step: int
+    steps: list[int]
+    training_losses: list[float]
+    valid_losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,9 @@ class Saved(Event):
 class Finished(Event):
     """The run is over: `reason` is done, interrupted, or patience.
 
-    `padding_share` (0 to 1) is the share of all tokens computed in training that was padding.
+    `padding_share` (0 to 1) is the share of all tokens computed in training that was padding. `valid_loss_before` is
+    that of step 0; `best_valid_loss`, `best_step` and `evaluations` are of the steps after it. `adapter_step` is the
+    step whose adapter lies in the run folder.
     """
 
     kind = "end"
@@ -124,9 +141,27 @@ class Finished(Event):
     valid_loss: float | None
     best_valid_loss: float | None
     padding_share: float | None = None
+    valid_loss_before: float | None = None
+    best_step: int | None = None
+    evaluations: int = 0
+    evaluations_since_best: int = 0
+    adapter_step: int | None = None
 
 
 KINDS: dict[str, type[Event]] = {c.kind: c for c in Event.__subclasses__()}
+
+
+def read_events(path: Path) -> tuple[list[Event], int]:
+    """The events of an events.jsonl, and how many of its lines are none (a kill or a run at work leaves half a one)."""
+    events: list[Event] = []
+    unread = 0
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                events += [from_json(line)] if line else []
+            except ValueError:
+                unread += 1
+    return events, unread
 
 
 def from_json(line: str) -> Event:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
     from mlxsft.data.render import Example
     from mlxsft.recipe import Recipe
+    from mlxsft.recipe_training import SaveRecipe
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -90,7 +91,7 @@ class Training:
         while True:
             if self._evaluation_is_due() and not self.stop():
                 yield from self._evaluate()
-            if self.plan.saves(self.progress.step) and self.saved_at != self.progress.step:
+            if self._saving_is_due():
                 yield self._save()
             if (reason := self._ended()) is not None:
                 break
@@ -193,14 +194,26 @@ class Training:
         if judged is None:
             return None
         loss, tokens = judged
-        best = math.isfinite(loss) and (self.progress.best_valid_loss is None or loss < self.progress.best_valid_loss)
         self.valid_loss = loss if math.isfinite(loss) else None
-        self.progress = replace(
-            self.progress,
-            best_valid_loss=loss if best else self.progress.best_valid_loss,
-            evaluations_since_best=0 if best else self.progress.evaluations_since_best + 1,
-        )
+        before = self.progress
+        best = step > 0 and math.isfinite(loss) and (before.best_valid_loss is None or loss < before.best_valid_loss)
+        if step == 0:
+            self.progress = replace(before, valid_loss_before=self.valid_loss)
+        else:
+            self.progress = replace(
+                before,
+                best_valid_loss=loss if best else before.best_valid_loss,
+                best_step=step if best else before.best_step,
+                evaluations=before.evaluations + 1,
+                evaluations_since_best=0 if best else before.evaluations_since_best + 1,
+            )
         return Evaluated(step, self.valid_loss, tokens, len(self.held_out), best, time.perf_counter() - began)
+
+    def _saving_is_due(self) -> bool:
+        """At the steps of the plan, and where an evaluation was the best: its adapter is the run's."""
+        step = self.progress.step
+        best = self.recipe.save.adapter == "best" and self.progress.best_step == step
+        return self.saved_at != step and (self.plan.saves(step) or best)
 
     def _save(self) -> Event:
         self.saved_at = self.progress.step
@@ -218,7 +231,17 @@ class Training:
             valid_loss=self.valid_loss,
             best_valid_loss=self.progress.best_valid_loss,
             padding_share=1 - self.progress.tokens / computed if (computed := self.progress.computed_tokens) else None,
+            valid_loss_before=self.progress.valid_loss_before,
+            best_step=self.progress.best_step,
+            evaluations=self.progress.evaluations,
+            evaluations_since_best=self.progress.evaluations_since_best,
+            adapter_step=adapter_step(self.progress, self.recipe.save),
         )
+
+
+def adapter_step(progress: Progress, save: SaveRecipe) -> int:
+    """The step whose adapter is the run's: the best one, else the newest."""
+    return progress.best_step if save.adapter == "best" and progress.best_step is not None else progress.step
 
 
 def validation_loss(

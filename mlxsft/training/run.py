@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,8 +20,9 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
-from mlxsft.training.loop import Plan, Training
+from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started, read_events
+from mlxsft.training.loop import Plan, Training, adapter_step
+from mlxsft.training.overfitting import Overfitting
 from mlxsft.training.packing import packs
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
@@ -68,9 +69,7 @@ def run_training(
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
         ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
-        for event in ready.events():
-            folder.append(event)
-            yield event
+        yield from _watched(ready.events(), folder)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,12 @@ class Ready:
             self.backend.load_optimizer_state(self.checkpoint.optimizer)
             progress = self.checkpoint.progress
         yield self._started(progress)
-        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
+        damaged = (
+            self.folder.restore_adapter(adapter_step(progress, self.recipe.save), self._config())
+            if progress.step
+            else []
+        )
+        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes, *damaged]:
             yield Noted(note)
         if self.dataset.left_out:
             yield LeftOutRows([str(row) for row in self.dataset.left_out])
@@ -117,9 +121,11 @@ class Ready:
 
     def _save(self, progress: Progress) -> Event:
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
-        config = {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
-        path = self.folder.save(state, config, optimizer, progress, keep=self.recipe.save.keep)
-        return Saved(progress.step, str(path))
+        kept = {"keep": self.recipe.save.keep, "adapter_step": adapter_step(progress, self.recipe.save)}
+        return Saved(progress.step, str(self.folder.save(state, self._config(), optimizer, progress, **kept)))
+
+    def _config(self) -> dict[str, Any]:
+        return {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
 
     def _answer(self, prompt: str) -> str:
         turns = [Turn("user", prompt)]
@@ -141,6 +147,17 @@ class Ready:
             template=self.renderer.template.name,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _watched(events: Iterable[Event], folder: RunFolder) -> Iterator[Event]:
+    """The events, written down, with what is to be said about them; events before a resume are seen first."""
+    overfitting = Overfitting()
+    for event in read_events(folder.events)[0]:
+        overfitting.see(event)
+    for event in events:
+        for told in (event, *overfitting.see(event)):
+            folder.append(told)
+            yield told
 
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlxsft.errors import Diverged, OutOfResources, UsageError
 from mlxsft.training.checkpoints import Progress, RunFolder
@@ -41,6 +42,39 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(folder, step, step / 8)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-0000004", "step-0000005"]
+
+
+def test_the_best_is_the_runs_adapter_and_its_checkpoint_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tensors = {step: {"a.lora_a": np.full((2, 3), step, np.float32)} for step in range(1, 6)}
+    for step in range(1, 6):
+        best = min(step, 2)
+        folder.save(tensors[step], CONFIG, {}, Progress(step=step, best_step=best), keep=1, adapter_step=best)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-0000002", "step-0000005"]
+    assert load_file(tmp_path / "adapters.safetensors")["a.lora_a"].tolist() == [[2.0] * 3] * 2
+    checkpoint, _ = folder.newest()
+    assert checkpoint is not None
+    assert checkpoint.progress.step == 5
+
+
+def test_the_best_adapter_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 1, 0.5)
+    save(folder, 2, 0.25)
+    assert folder.restore_adapter(1, CONFIG) == []
+    assert load_file(tmp_path / "adapters.safetensors")["a.lora_a"].tolist() == [[0.5] * 3] * 2
+    (folder.checkpoints / "step-0000002" / "adapters.safetensors").write_bytes(b"?")
+    (told,) = folder.restore_adapter(2, CONFIG)
+    assert "step-0000002 is damaged" in told
+    assert load_file(tmp_path / "adapters.safetensors")["a.lora_a"].tolist() == [[0.5] * 3] * 2
+
+
+def test_a_folder_is_busy_while_a_run_holds_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.busy
+    with folder.held():
+        assert RunFolder(tmp_path / "run").busy
+    assert not folder.busy
 
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "state.safetensors", "manifest.json"])
