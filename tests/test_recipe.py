@@ -99,6 +99,7 @@ def test_the_defaults(folder: Path) -> None:
         },
         "eval": {"every": 0.25, "patience": None, "samples": ()},
         "save": {"every": 0.25, "keep": 2, "adapter": "best"},
+        "report": (),
     }
 
 

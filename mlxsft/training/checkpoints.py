@@ -112,7 +112,8 @@ class RunFolder:
         """Remove what an earlier run left; anything else in the folder stays."""
         for name in ("recipe.yaml", "lock.json", "events.jsonl", "adapters.safetensors", "adapter_config.json"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in ("checkpoints", "tensorboard", "wandb", "mlflow"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def write_start(self, recipe_yaml: str, lock: Mapping[str, Any]) -> None:
         atomic_write(self.recipe, recipe_yaml.encode())

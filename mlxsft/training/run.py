@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started, read_events
+from mlxsft.training.events import Event, Finished, LeftOutRows, Noted, Saved, Started, read_events
 from mlxsft.training.loop import Plan, Training, adapter_step
 from mlxsft.training.overfitting import Overfitting
 from mlxsft.training.packing import packs
+from mlxsft.training.trackers import Trackers, refuse_missing
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
 
@@ -44,6 +46,7 @@ def run_training(
     Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
     not what was begun; else what reading, loading and training raise.
     """
+    refuse_missing(recipe.report)
     with folder.held():
         _check_begun(folder, resume=resume, force=force)
         if resume and recipe.revision is None:  # the branch may have moved since
@@ -69,7 +72,7 @@ def run_training(
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
         ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
-        yield from _watched(ready.events(), folder)
+        yield from _watched(ready.events(), folder, recipe)
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,18 @@ class Ready:
         )
 
 
-def _watched(events: Iterable[Event], folder: RunFolder) -> Iterator[Event]:
+def _watched(events: Iterable[Event], folder: RunFolder, recipe: Recipe) -> Iterator[Event]:
     """The events, written down, with what is to be said about them; events before a resume are seen first."""
     overfitting = Overfitting()
-    for event in read_events(folder.events)[0]:
+    past, _ = read_events(folder.events)
+    for event in past:
         overfitting.see(event)
-    for event in events:
-        for told in (event, *overfitting.see(event)):
-            folder.append(told)
-            yield told
+    with Trackers(recipe.report, folder.path, recipe.model_dump(mode="json"), past) as trackers:
+        for event in events:
+            before = trackers.close(event.reason) if isinstance(event, Finished) else ()  # the end stays the last event
+            for told in chain(before, [event], overfitting.see(event), trackers.see(event)):
+                folder.append(told)
+                yield told
 
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
