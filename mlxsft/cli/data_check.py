@@ -50,11 +50,12 @@ def check(
     from mlxsft.data.audit import check as check_rows
     from mlxsft.data.render import load_renderer
     from mlxsft.models.source import open_model
+    from mlxsft.page import refuse_existing, write_page
     from mlxsft.recipe import DataRecipe
 
     gate = _gate(fail_on)
     if html is not None:
-        audit_page.refuse_existing(html, force)
+        refuse_existing(html, force)
     settings = DataRecipe.model_validate(
         {
             "train": [str(f) for f in files],
@@ -67,7 +68,7 @@ def check(
     held_out = {name: paths for name, paths in (("valid", valid), ("test", test)) if paths}
     audit = check_rows(files, settings, renderer, held_out=held_out, format=row_format, watch=_watched("checking"))
     if html is not None:
-        audit_page.write_page(audit, html, title=", ".join(f.name for f in files), force=force)
+        write_page(audit_page.page(audit, ", ".join(f.name for f in files)), html, force=force)
     if as_json:
         click.echo(json.dumps(audit.to_dict(), ensure_ascii=False, indent=2))
     else:

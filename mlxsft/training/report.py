@@ -301,4 +301,4 @@ def duration(seconds: float) -> str:
 
 def size(n: int) -> str:
     """Bytes as people read them."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
