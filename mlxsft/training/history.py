@@ -207,6 +207,12 @@ def thinned(values: Sequence[tuple[int, float]], most: int) -> list[Point]:
     return points
 
 
+def share_of_points(run: History, runs: Sequence[History], most: int) -> int:
+    """How many of `most` points the curve of this run has, so that a point stands for as many steps in all runs."""
+    longest = max(len(other.steps) for other in runs)
+    return max(1, -(-most * len(run.steps) // longest)) if longest else 1
+
+
 def _size(file: Path) -> int:
     try:
         return file.lstat().st_size if file.is_file() else 0

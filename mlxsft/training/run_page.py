@@ -10,7 +10,7 @@ from typing import Any
 from mlxsft.page import document
 from mlxsft.recipe import flattened
 from mlxsft.training.events import Sampled, Stepped
-from mlxsft.training.history import History, Point, thinned
+from mlxsft.training.history import History, Point, share_of_points, thinned
 from mlxsft.training.report import finish_line, size
 from mlxsft.training.run_text import begun, differing_settings, results, state
 
@@ -26,9 +26,9 @@ svg .thin{stroke-width:1.3;stroke-dasharray:5 4}
 .facts{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}.facts .card{padding:.7rem .9rem}
 .facts b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}.facts span{font-size:.8rem}
 td:first-child{width:16rem;color:var(--dim)}td.step{width:8rem;white-space:nowrap}td.text{white-space:pre-wrap}
-.charts{grid-template-columns:repeat(auto-fit,minmax(26rem,1fr))}tr.best td.step{font-weight:600;color:var(--b)}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+tr.best td.step{font-weight:600;color:var(--b)}
 tr:first-child td{border-top:0}
-@media(max-width:32rem){.charts{grid-template-columns:1fr}}
 """
 _COLOURS = tuple(f"var(--{letter})" for letter in "abcdef")
 _POINTS = 150  # of a training curve: means, with their range as a band
@@ -50,7 +50,7 @@ class _Series:
 def page(runs: Sequence[History]) -> str:
     """The HTML of one run, or of several laid over each other. Every text from outside is escaped."""
     title = " · ".join(run.path.resolve().name for run in runs)
-    losses = [series for i, run in enumerate(runs) for series in _losses(run, i, len(runs))]
+    losses = [series for i, run in enumerate(runs) for series in _losses(run, i, runs)]
     parts = [f"<h1>{escape(title)}</h1>", *(_head(run) for run in runs)]
     parts += [_facts(runs[0])] if len(runs) == 1 else _side_by_side(runs)
     parts += ["<h2>Losses</h2>", _chart("nats a trained token", losses, 640, 260)]
@@ -93,14 +93,15 @@ def _side_by_side(runs: Sequence[History]) -> list[str]:
     ]
 
 
-def _losses(run: History, index: int, of: int) -> list[_Series]:
+def _losses(run: History, index: int, runs: Sequence[History]) -> list[_Series]:
     """Training and validation; one run has a colour for each, several a colour a run."""
+    of = len(runs)
     name = "" if of == 1 else f"{run.path.resolve().name}: "
     training, valid = (_COLOURS[0], _COLOURS[1]) if of == 1 else (_COLOURS[index % 6],) * 2
     judged = [(e.step, e.loss) for e in run.evaluations if e.loss is not None]
     steps = [(e.step, e.loss) for e in run.steps if e.loss is not None]
     return [
-        _Series(f"{name}training", thinned(steps, _POINTS), training, band=of == 1),
+        _Series(f"{name}training", thinned(steps, share_of_points(run, runs, _POINTS)), training, band=of == 1),
         _Series(
             f"{name}validation",
             thinned(judged, len(judged) or 1),
@@ -114,7 +115,11 @@ def _losses(run: History, index: int, of: int) -> list[_Series]:
 def _side_charts(runs: Sequence[History]) -> list[str]:
     def series(value: Callable[[Stepped], float | None]) -> list[_Series]:
         return [
-            _Series(run.path.resolve().name if len(runs) > 1 else "", thinned(found, _POINTS), _COLOURS[i % 6])
+            _Series(
+                run.path.resolve().name if len(runs) > 1 else "",
+                thinned(found, share_of_points(run, runs, _POINTS)),
+                _COLOURS[i % 6],
+            )
             for i, run in enumerate(runs)
             if (found := [(e.step, v) for e in run.steps if (v := value(e)) is not None])
         ]

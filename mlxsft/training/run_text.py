@@ -15,7 +15,7 @@ from mlxsft.recipe import flattened
 from mlxsft.terminal import printable
 from mlxsft.training.drawing import Curve, draw
 from mlxsft.training.events import Sampled
-from mlxsft.training.history import History, thinned
+from mlxsft.training.history import History, share_of_points, thinned
 from mlxsft.training.report import duration, finish_line, size, start_lines
 
 HEIGHT = 14  # characters of a drawing
@@ -100,7 +100,7 @@ def print_curves(runs: Sequence[History], console: Console) -> None:
     width = min(console.width, 120)
     curves, legend = [], []
     for run, letter, colour in _lettered(runs):
-        points = thinned([(e.step, e.loss) for e in run.steps if e.loss is not None], width)
+        points = thinned([(e.step, e.loss) for e in run.steps if e.loss is not None], share_of_points(run, runs, width))
         best = run.best.step if run.best else None
         judged = [(float(e.step), e.loss) for e in run.evaluations if e.loss is not None]
         marks = [(step, loss, star if step == best else valid) for step, loss in judged]
