@@ -26,7 +26,7 @@ svg .thin{stroke-width:1.3;stroke-dasharray:5 4}
 .facts{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}.facts .card{padding:.7rem .9rem}
 .facts b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}.facts span{font-size:.8rem}
 td:first-child{width:16rem;color:var(--dim)}td.step{width:8rem;white-space:nowrap}td.text{white-space:pre-wrap}
-.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}
 tr.best td.step{font-weight:600;color:var(--b)}
 tr:first-child td{border-top:0}
 """
