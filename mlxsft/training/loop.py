@@ -12,8 +12,8 @@ import numpy as np
 
 from mlxsft.data.batches import batches, epoch_order
 from mlxsft.errors import Diverged
-from mlxsft.training.checkpoints import Progress
-from mlxsft.training.events import Evaluated, Event, Finished, RolledBack, Sampled, Stepped
+from mlxsft.training.checkpoints import Progress, adapter_step
+from mlxsft.training.events import Evaluated, Event, Finished, Noted, RolledBack, Sampled, Stepped
 from mlxsft.training.schedule import in_steps, learning_rate, loss_limit
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Training:
     held_out: Sequence[Example]
     progress: Progress
     save: Callable[[Progress], Event]
-    go_back: Callable[[int], Progress | None]  # load the newest planned checkpoint up to a step, drop those behind it
+    go_back: Callable[[int], tuple[Progress | None, list[str]]]  # to the newest planned checkpoint up to a step; notes
     answer: Callable[[str], str]
     stop: Callable[[], bool]
     positions: int | None = None
@@ -92,13 +92,13 @@ class Training:
             if self._evaluation_is_due() and not self.stop():
                 yield from self._evaluate()
             reason = self._ended()
-            if reason or (self.plan.saves(self.progress.step) and not self.progress.skipped_in_a_row):
+            if reason or self._saving_is_due():
                 yield from self._save()
             if reason and (reason := self._ended()):  # unless the state could not be saved, and the run went back
                 break
             yield self._update()
             if (trouble := self._trouble()) is not None:
-                yield self._roll_back(*trouble)
+                yield from self._roll_back(*trouble)
         yield self._finished(reason)
 
     def _ended(self) -> str | None:
@@ -179,10 +179,11 @@ class Training:
             return f"the loss is {self.loss:.4g}, over the limit of {limit:.4g}", self.progress.step - 2
         return None
 
-    def _roll_back(self, reason: str, good: int) -> Event:
+    def _roll_back(self, reason: str, good: int) -> Iterator[Event]:
         """To the last good checkpoint, and on at half the rate. Raises Diverged the second time, or without one."""
         step, again = self.progress.step, self.progress.rate_factor < 1
-        progress = self.go_back(good)
+        progress, notes = self.go_back(good)
+        yield from map(Noted, notes)
         if progress is None:
             raise Diverged(
                 f"step {step}: {reason}, and no checkpoint is known to be good",
@@ -198,7 +199,7 @@ class Training:
             )
         self.progress = replace(progress, rate_factor=RATE_FACTOR)
         self.saved_at = progress.step
-        return RolledBack(step, progress.step, RATE_FACTOR, reason)
+        yield RolledBack(step, progress.step, RATE_FACTOR, reason)
 
     # --- evaluation and saving ---------------------------------------------------------------------------------------
 
@@ -213,6 +214,7 @@ class Training:
                 return  # stopped on the way; the resumed run evaluates
             yield event
         self.progress = replace(self.progress, evaluated_at=step)
+        self.saved_at = None  # what an interrupted run saved at this step does not know of the evaluation
         for prompt in self.recipe.eval.samples:
             if not self.stop():
                 yield Sampled(step, prompt, self.answer(prompt))
@@ -225,25 +227,36 @@ class Training:
         if judged is None:
             return None
         loss, tokens = judged
-        best = math.isfinite(loss) and (self.progress.best_valid_loss is None or loss < self.progress.best_valid_loss)
         self.valid_loss = loss if math.isfinite(loss) else None
-        self.progress = replace(
-            self.progress,
-            best_valid_loss=loss if best else self.progress.best_valid_loss,
-            evaluations_since_best=0 if best else self.progress.evaluations_since_best + 1,
-        )
+        before = self.progress
+        best = step > 0 and math.isfinite(loss) and (before.best_valid_loss is None or loss < before.best_valid_loss)
+        if step == 0:
+            self.progress = replace(before, valid_loss_before=self.valid_loss)
+        else:
+            self.progress = replace(
+                before,
+                best_valid_loss=loss if best else before.best_valid_loss,
+                best_step=step if best else before.best_step,
+                evaluations=before.evaluations + 1,
+                evaluations_since_best=0 if best else before.evaluations_since_best + 1,
+            )
         return Evaluated(step, self.valid_loss, tokens, len(self.held_out), best, time.perf_counter() - began)
+
+    def _saving_is_due(self) -> bool:
+        """At the steps of the plan, unless they were skipped; and where an evaluation was the best of the run."""
+        step = self.progress.step
+        best = self.recipe.save.adapter == "best" and self.progress.best_step == step
+        return best or (self.plan.saves(step) and not self.progress.skipped_in_a_row)
 
     def _save(self) -> Iterator[Event]:
         """The state on disk, where it is not yet; a state that is not finite is none, and the run goes back."""
         if self.saved_at == self.progress.step:
             return
         try:
-            event = self.save(self.progress)
+            yield self.save(self.progress)
         except Diverged as error:
-            event = self._roll_back(error.message, self.progress.step - 1)
+            yield from self._roll_back(error.message, self.progress.step - 1)
         self.saved_at = self.progress.step
-        yield event
 
     def _finished(self, reason: str) -> Event:
         return Finished(
@@ -257,6 +270,11 @@ class Training:
             valid_loss=self.valid_loss,
             best_valid_loss=self.progress.best_valid_loss,
             padding_share=1 - self.progress.tokens / computed if (computed := self.progress.computed_tokens) else None,
+            valid_loss_before=self.progress.valid_loss_before,
+            best_step=self.progress.best_step,
+            evaluations=self.progress.evaluations,
+            evaluations_since_best=self.progress.evaluations_since_best,
+            adapter_step=adapter_step(self.progress, self.recipe.save.adapter),
         )
 
 

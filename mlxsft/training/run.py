@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
+from mlxsft.training.events import Event, Finished, LeftOutRows, Noted, Saved, Started, read_events
 from mlxsft.training.loop import Plan, Training
+from mlxsft.training.overfitting import Overfitting
 from mlxsft.training.packing import packs
 from mlxsft.training.resume import check_same, versions_changed
+from mlxsft.training.trackers import Trackers, refuse_missing
 from mlxsft.training.trunk import TrunkCache
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
@@ -48,6 +51,7 @@ def run_training(
     Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
     not what was begun, but for `allow_changes`; else what reading, loading and training raise.
     """
+    refuse_missing(recipe.report)
     with folder.held():
         _check_begun(folder, resume=resume, force=force)
         if resume and recipe.revision is None:  # the branch may have moved since
@@ -78,9 +82,7 @@ def run_training(
             folder.clear()
         folder.write_start(dump_recipe(recipe), lock)
         ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
-        for event in ready.events():
-            folder.append(event)
-            yield event
+        yield from _watched(ready.events(), folder, recipe)
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ class Ready:
     packed: bool
 
     def events(self) -> Iterator[Event]:
-        progress = self._load(self.checkpoint)
+        progress, lost = self._load(self.checkpoint)
         self.folder.drop_old(self.recipe.save.keep, self._planned)
         yield self._started(progress)
-        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
+        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes, *lost]:
             yield Noted(note)
         if self.dataset.left_out:
             yield LeftOutRows([str(row) for row in self.dataset.left_out])
@@ -136,28 +138,32 @@ class Ready:
 
     def _save(self, progress: Progress) -> Event:
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
-        keep = self.recipe.save.keep
-        path = self.folder.save(state, self._config(), optimizer, progress, keep=keep, planned=self._planned)
+        save = self.recipe.save
+        path = self.folder.save(
+            state, self._config(), optimizer, progress, keep=save.keep, planned=self._planned, which=save.adapter
+        )
         return Saved(progress.step, str(path))
 
     def _planned(self, step: int) -> bool:
         """Whether the uninterrupted run saves after this step."""
         return Plan.of(self.recipe, len(self.dataset.train)).saves(step)
 
-    def _load(self, checkpoint: Checkpoint | None) -> Progress:
-        """Model and run folder at a checkpoint, or at the start, and nothing behind it."""
+    def _load(self, checkpoint: Checkpoint | None) -> tuple[Progress, list[str]]:
+        """Model and run folder at a checkpoint, or at the start, and nothing behind it; what the person should know."""
         if checkpoint is not None:
             self.backend.load_adapter_state(checkpoint.adapter)
             self.backend.load_optimizer_state(checkpoint.optimizer)
-        self.folder.go_back(checkpoint, self._config())
-        return Progress() if checkpoint is None else checkpoint.progress
+        return self.folder.go_back(checkpoint, self._config(), self.recipe.save.adapter)
 
-    def _go_back(self, step: int) -> Progress | None:
+    def _go_back(self, step: int) -> tuple[Progress | None, list[str]]:
         """Load the newest checkpoint up to `step`, a planned one if there is any, and drop those behind it."""
-        checkpoint, _ = self.folder.newest(lambda s: s <= step and self._planned(s))
+        checkpoint, damaged = self.folder.newest(lambda s: s <= step and self._planned(s))
         if checkpoint is None:
-            checkpoint, _ = self.folder.newest(lambda s: s <= step)
-        return None if checkpoint is None else self._load(checkpoint)
+            checkpoint, damaged = self.folder.newest(lambda s: s <= step)
+        if checkpoint is None:
+            return None, damaged
+        progress, lost = self._load(checkpoint)
+        return progress, [*damaged, *lost]
 
     def _config(self) -> dict[str, Any]:
         """What adapter_config.json says."""
@@ -183,6 +189,20 @@ class Ready:
             template=self.renderer.template.name,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _watched(events: Iterable[Event], folder: RunFolder, recipe: Recipe) -> Iterator[Event]:
+    """The events, written down, with what is to be said about them; events before a resume are seen first."""
+    overfitting = Overfitting()
+    past, _ = read_events(folder.events)
+    for event in past:
+        overfitting.see(event)
+    with Trackers(recipe.report, folder.path, recipe.model_dump(mode="json"), past) as trackers:
+        for event in events:
+            before = trackers.close(event.reason) if isinstance(event, Finished) else ()  # the end stays the last event
+            for told in chain(before, [event], overfitting.see(event), trackers.see(event)):
+                folder.append(told)
+                yield told
 
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
@@ -219,7 +239,8 @@ def _already_ended(folder: RunFolder, recipe: Recipe, dataset: Dataset, checkpoi
     patience, waited = recipe.eval.patience, checkpoint.progress.evaluations_since_best
     if state.step < total and (patience is None or waited < patience):
         return None
-    if not folder.has_adapter_of(checkpoint):
+    chosen, lost = folder.chosen(checkpoint, recipe.save.adapter)
+    if lost or not folder.has_adapter_of(chosen):
         return None
     return (
         f"this run is finished, after {state.step} of {total} steps; to train on, raise its length with "

@@ -62,12 +62,13 @@ def test_a_run_that_goes_back_can_end_well(tmp_path: Path, tiny_llama: Path) -> 
     assert all_saved_is_finite(run)
 
 
+@pytest.mark.parametrize("judged", [{}, {"data__valid": 0.3, "eval__every": 2}])
 @pytest.mark.parametrize("stops", [[3], [4, 9], [8, 11], [7, 10, 14, 17]])
 def test_a_run_that_goes_back_and_is_stopped_on_the_way_ends_with_the_same_bits(
-    tmp_path: Path, tiny_llama: Path, stops: list[int]
+    tmp_path: Path, tiny_llama: Path, stops: list[int], judged: dict[str, float]
 ) -> None:
-    """Also where the stop saved a state between the planned ones, nearer to the divergence."""
-    recipe = write_recipe(tmp_path, tiny_llama, **OVERFLOW)
+    """Also where the stop, or the best evaluation, saved a state between the planned ones, nearer to the divergence."""
+    recipe = write_recipe(tmp_path, tiny_llama, **OVERFLOW, **judged)
     assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
     run, made = tmp_path / "run", 0
     for stop in [*stops, 100]:

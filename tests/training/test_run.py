@@ -172,6 +172,49 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, tiny_llama:
     assert end["step"] == len(judged) - 1 < 60
 
 
+JUDGED = {"data__valid": 0.3, "eval__every": 2, "train__steps": 24, "train__learning_rate": 0.05, "save__every": 5}
+
+
+def test_the_run_folder_has_the_adapter_of_the_best_evaluation(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, save__keep=1)
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    losses = {e["step"]: e["loss"] for e in events(tmp_path / "run", "eval")}
+    before = losses.pop(0)
+    best = min(losses, key=losses.__getitem__)
+    assert best < 24
+    end = events(tmp_path / "run", "end")[0]
+    assert (end["best_step"], end["adapter_step"], end["evaluations"]) == (best, best, 12)
+    assert (end["best_valid_loss"], end["valid_loss_before"]) == (losses[best], before)
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step-{best:07d}", "step-0000024"]
+    kept, last = (load_file(tmp_path / "run" / "checkpoints" / n / "adapters.safetensors") for n in names)
+    adapter = load_file(tmp_path / "run" / "adapters.safetensors")
+    assert all((adapter[name] == kept[name]).all() for name in kept)
+    assert any((adapter[name] != last[name]).any() for name in last)
+
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "last"), "--set", "save.adapter=last"]
+    assert call(arguments) == 0
+    adapter = load_file(tmp_path / "last" / "adapters.safetensors")
+    assert all((adapter[name] == last[name]).all() for name in last)
+    assert events(tmp_path / "last", "end")[0]["adapter_step"] == 24
+
+
+def test_a_killed_run_keeps_its_best_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, save__keep=1)
+    process = start(recipe, tmp_path / "run")
+    list(lines_until(process, "step", 21))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")  # the best came before the kill
+    (tmp_path / "run" / "adapters.safetensors").unlink()  # as a kill before it was written would have it
+    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")
+    ends = [events(tmp_path / name, "end")[-1] for name in ("run", "straight")]
+    for name in ("best_step", "best_valid_loss", "valid_loss_before", "evaluations", "adapter_step"):
+        assert ends[0][name] == ends[1][name]
+
+
 # --- the loss is what it is said to be -------------------------------------------------------------------------------
 
 

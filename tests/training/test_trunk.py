@@ -40,7 +40,9 @@ def test_memory_disk_and_off_train_the_same(tmp_path: Path, deep: Path) -> None:
     off, memory, disk = (trained(tmp_path, deep, where) for where in ("off", "memory", "disk"))
     assert same_adapter(memory, disk)
     one, other = (load_file(run / "adapters.safetensors") for run in (off, memory))
-    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4  # of values that moved by up to 0.06
+    assert (
+        max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4
+    )  # of values that moved by up to 0.06
     assert not events(off, "trunk")
     for run in (memory, disk):
         last = events(run, "trunk")[-1]
