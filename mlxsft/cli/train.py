@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -17,43 +20,73 @@ BACKENDS = click.Choice(["auto", "mlx"])
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--force", is_flag=True, help="Delete the run that is in --out and begin anew.")
 @click.option("--backend", type=BACKENDS, default="auto", show_default=True, help="What computes.")
+@click.option(
+    "--on-battery",
+    type=click.Choice(["go-on", "pause"]),
+    default="go-on",
+    show_default=True,
+    help="Whether steps wait while the machine is not plugged in.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(0, 3),
+    default=3,
+    show_default=True,
+    help="How often training that died goes on from its last checkpoint by itself.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Write the events as JSON lines to stdout.")
 def train(
-    recipe: Path, out: Path, overrides: tuple[str, ...], resume: bool, force: bool, backend: str, as_json: bool
+    recipe: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    force: bool,
+    backend: str,
+    on_battery: str,
+    restarts: int,
+    as_json: bool,
 ) -> None:
     """Tune a model as RECIPE says, into the run folder --out.
 
-    Ctrl-C finishes the step, saves, and says how to go on.
+    Ctrl-C finishes the step, saves, and says how to go on. A training process that dies, because memory runs out or
+    for another reason, is started again from the last checkpoint; where smaller pieces help, with half of
+    train.micro_batch_tokens, which leaves the result as it is.
     """
     from mlxsft.errors import Interrupted, UsageError
     from mlxsft.interrupt import stop_requested
     from mlxsft.recipe import load_recipe
     from mlxsft.terminal import told
-    from mlxsft.training.checkpoints import RunFolder
     from mlxsft.training.events import Finished
+    from mlxsft.training.power import awake, awake_command
     from mlxsft.training.report import make_report
-    from mlxsft.training.run import run_training
+    from mlxsft.training.supervisor import Launch, Supervisor, pinned, resume_command, worker_command
+    from mlxsft.training.worker import Job
 
     if resume and force:
         raise UsageError(
             "--resume and --force exclude each other", "--resume goes on with the run, --force deletes it."
         )
     loaded = load_recipe(recipe, overrides)
-    folder = RunFolder(out)
+    job = pinned(Job(loaded, out, backend, resume, force, "pause" if on_battery == "pause" else "go-on"))
+    launches = [Launch(worker_command(), os.environ)]
     said = "Stopping after this step, then saving. Once more stops at once."
-    with stop_requested(said=said) as stop, make_report(as_json=as_json) as report:
+    with (
+        stop_requested(said=said) as stop,
+        make_report(as_json=as_json) as report,
+        awake(awake_command(sys.platform, os.getpid())),
+    ):
         last = None
-        for event in run_training(
-            loaded, folder, backend_name=backend, resume=resume, force=force, stop=stop, tell=told
-        ):
-            report.show(event)
-            last = event
+        supervisor = Supervisor(job, lambda: launches, restarts=restarts, stop=stop, tell=told)
+        with closing(supervisor.events()) as events:
+            for event in events:
+                report.show(event)
+                last = event
     if isinstance(last, Finished) and last.reason == "interrupted":
-        go_on = shlex.join(["mlxsft", "train", str(folder.recipe), "--out", str(out), "--resume"])
         said = f"Stopped after step {last.step} of {last.total_steps}; it is saved."
         if last.step == 0:
             said = "Stopped before the first step; nothing is trained yet."
-        raise Interrupted(said, f"Go on with: {go_on}", exit_code=stop.exit_code)
+        exit_code = stop.exit_code if stop() else 143  # the worker alone was told to
+        raise Interrupted(said, f"Go on with: {resume_command(out)}", exit_code=exit_code)
     if not as_json:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import atomic_write, refuse_non_finite, save_adapter, writing
-from mlxsft.training.events import Event, from_json
+from mlxsft.training.events import Event, Restarted, from_json
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -114,14 +114,17 @@ class RunFolder:
             file.write(event.to_json() + "\n")
 
     def rewind(self, step: int) -> None:
-        """Take back the events after `step`, which a resumed run makes again, and a line that a kill cut off."""
+        """Take back the events after `step`, which a resumed run makes again, and a line that a kill cut off.
+
+        What is told of restarts stays.
+        """
         if not self.events.exists():
             return
         kept = []
         for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 event = from_json(line)
-                if getattr(event, "step", 0) <= step:
+                if isinstance(event, Restarted) or getattr(event, "step", 0) <= step:
                     kept.append(f"{line}\n")
         atomic_write(self.events, "".join(kept).encode())
 

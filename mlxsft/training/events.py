@@ -53,6 +53,17 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class Restarted(Event):
+    """A training process died of `cause`; another one goes on after `step` steps, the `restart`-th of this command."""
+
+    kind = "restart"
+    step: int
+    cause: str
+    restart: int
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True)
 class Stepped(Event):
     """One update was made, or skipped because loss or gradient was not finite (then those are null).
 

@@ -13,7 +13,7 @@ import numpy as np
 from mlxsft.data.batches import batches, epoch_order
 from mlxsft.errors import Diverged
 from mlxsft.training.checkpoints import Progress
-from mlxsft.training.events import Evaluated, Event, Finished, Sampled, Stepped
+from mlxsft.training.events import Evaluated, Event, Finished, Noted, Sampled, Stepped
 from mlxsft.training.schedule import in_steps, learning_rate
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe import Recipe
 
 MAX_SKIPPED_IN_A_ROW = 10
+POWER_SECONDS = 0.5  # between two looks at the battery
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Training:
     """One stretch of training: from `progress` to the end of the run, or until `stop()`.
 
     The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
-    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows.
+    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows. While
+    `plugged_in()` is False no step begins.
     """
 
     backend: Backend
@@ -71,6 +73,7 @@ class Training:
     stop: Callable[[], bool]
     positions: int | None = None
     packed: bool = False
+    plugged_in: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
         self.plan = Plan.of(self.recipe, len(self.rows))
@@ -92,6 +95,7 @@ class Training:
                 yield from self._evaluate()
             if self.plan.saves(self.progress.step) and self.saved_at != self.progress.step:
                 yield self._save()
+            yield from self._wait_for_power()
             if (reason := self._ended()) is not None:
                 break
             yield self._update()
@@ -108,6 +112,20 @@ class Training:
         if patience is not None and self.progress.evaluations_since_best >= patience:
             return "patience"
         return "interrupted" if self.stop() else None
+
+    def _wait_for_power(self) -> Iterator[Event]:
+        """Nothing while the machine is plugged in; else what was trained is saved, and the next step waits."""
+        if self.progress.step >= self.plan.total_steps or self.stop() or self.plugged_in():
+            return
+        if self.saved_at != self.progress.step:
+            yield self._save()
+        yield Noted(f"on battery after step {self.progress.step}: waiting until the machine is plugged in")
+        began = time.perf_counter()
+        while not self.plugged_in() and not self.stop():
+            time.sleep(POWER_SECONDS)
+        self.began += time.perf_counter() - began
+        if not self.stop():
+            yield Noted("plugged in again: going on")
 
     # --- one update ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,18 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mlxsft.terminal import printable
-from mlxsft.training.events import Evaluated, Event, Finished, LeftOutRows, Noted, Sampled, Saved, Started, Stepped
+from mlxsft.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    LeftOutRows,
+    Noted,
+    Restarted,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
 
 _LINE_SECONDS = 10.0  # how often a plain line is written
 _SAMPLE_WIDTH = 160  # characters of an answer that are shown; events.jsonl has the whole
@@ -209,6 +220,11 @@ def event_line(event: Event) -> str:
     match event:
         case Noted():
             return f"note      {event.message}"
+        case Restarted():
+            return (
+                f"restart   {event.restart}: going on after step {event.step}, "
+                f"{event.micro_batch_tokens} tokens computed at once, because {event.cause}"
+            )
         case LeftOutRows():
             more = f"\n          … and {len(event.rows) - 3} more, all in events.jsonl" * (len(event.rows) > 3)
             return "left out  " + "\n          ".join(printable(row) for row in event.rows[:3]) + more

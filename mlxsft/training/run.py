@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
+from mlxsft.training.events import Event, LeftOutRows, Noted, Restarted, Saved, Started
 from mlxsft.training.loop import Plan, Training
 from mlxsft.training.packing import packs
 
@@ -36,17 +36,18 @@ def run_training(
     force: bool,
     stop: Callable[[], bool],
     tell: Callable[[str], None],
+    restarted: Restarted | None = None,
+    plugged_in: Callable[[], bool] = lambda: True,
 ) -> Iterator[Event]:
     """Everything that `mlxsft train` does, as events; the same events are in the folder's events.jsonl.
 
     An earlier run is deleted only when all that the new one needs is read and in memory. `tell` hears of downloads.
-    Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
-    not what was begun; else what reading, loading and training raise.
+    `restarted` says why this process takes over a run (the step is filled in); no step begins while `plugged_in()` is
+    False. Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is
+    resumed is not what was begun; else what reading, loading and training raise.
     """
     with folder.held():
         _check_begun(folder, resume=resume, force=force)
-        if resume and recipe.revision is None:  # the branch may have moved since
-            recipe = recipe.model_copy(update={"revision": folder.read_lock()["base"].get("commit")})
         source = open_model(recipe.model, revision=recipe.revision, progress=tell)
         recipe = recipe.model_copy(update={"revision": source.commit or recipe.revision})
         renderer = load_renderer(source, recipe.data.template)
@@ -63,11 +64,13 @@ def run_training(
         packed, note = packs(backend, recipe.train, dataset.train, renderer.positions)
         dataset.notes.extend(note)
         if resume:
-            folder.rewind(checkpoint.progress.step if checkpoint else 0)
+            folder.rewind(checkpoint.progress.step if checkpoint else -1)
         else:
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
-        ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
+        ready = Ready(
+            recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed, restarted, plugged_in
+        )
         for event in ready.events():
             folder.append(event)
             yield event
@@ -87,6 +90,8 @@ class Ready:
     lock: Mapping[str, Any]
     stop: Callable[[], bool]
     packed: bool
+    restarted: Restarted | None
+    plugged_in: Callable[[], bool]
 
     def events(self) -> Iterator[Event]:
         progress = Progress()
@@ -94,6 +99,8 @@ class Ready:
             self.backend.load_adapter_state(self.checkpoint.adapter)
             self.backend.load_optimizer_state(self.checkpoint.optimizer)
             progress = self.checkpoint.progress
+        if self.restarted is not None:
+            yield replace(self.restarted, step=progress.step)
         yield self._started(progress)
         for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
             yield Noted(note)
@@ -113,6 +120,7 @@ class Ready:
             stop=self.stop,
             positions=self.renderer.positions,
             packed=self.packed,
+            plugged_in=self.plugged_in,
         )
 
     def _save(self, progress: Progress) -> Event:
@@ -168,10 +176,8 @@ def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer) -> dict[str, 
 
 def _check_same(folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any]) -> None:
     """Raises UsageError or InputRefused, with the differences, when a resumed run would not be the run that began."""
-    before = folder.recipe.read_text(encoding="utf-8")
-    if before != dump_recipe(recipe):
-        old, new = set(before.splitlines()), set(dump_recipe(recipe).splitlines())
-        changed = "; ".join(sorted(line.strip() for line in old ^ new))
+    changed = "; ".join(sorted(_settings(folder.recipe.read_text(encoding="utf-8")) ^ _settings(dump_recipe(recipe))))
+    if changed:
         raise UsageError(
             f"{folder.recipe}: the recipe is not the one that this run began with: {changed}",
             f"Resume with {folder.recipe}, or begin a new run with another --out.",
@@ -183,6 +189,12 @@ def _check_same(folder: RunFolder, recipe: Recipe, lock: Mapping[str, Any]) -> N
             f"{folder.lock}: changed since the run began: {', '.join(changed_parts)}",
             "Restore it, or begin a new run with another --out.",
         )
+
+
+def _settings(recipe_yaml: str) -> set[str]:
+    """The lines of a recipe, without the one setting that changes memory and not the result."""
+    lines = (line.strip() for line in recipe_yaml.splitlines())
+    return {line for line in lines if not line.startswith("micro_batch_tokens:")}
 
 
 def passport(renderer: Renderer, lock: Mapping[str, Any]) -> dict[str, Any]:
