@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Sampling, Tensors, initial_lora_a
+from mlxsft.backends import Alone, Ranks, Sampling, Tensors, initial_lora_a
 from mlxsft.backends.blas import load_blas
 from mlxsft.errors import InputRefused, UsageError
 
@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx_models import load_checkpoint, make_float32, mlx_lm, parameter_count, target_keys  # noqa: E402
 from mlxsft.backends.mlx_packing import isolation, unusual_cache, why_different  # noqa: E402
+from mlxsft.backends.mlx_ranks import sum_of_ranks  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
@@ -46,6 +47,7 @@ class MlxBackend:
     def __init__(self, source: ModelSource) -> None:
         self.device: str = device_kind()
         self.notes: list[str] = []
+        self.ranks: Ranks = Alone()
         self._compiled = self.device == "gpu"
         if self.device == "cpu":
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
@@ -120,7 +122,7 @@ class MlxBackend:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
         chosen, weights = self._positions(batch)
-        key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches))
+        key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
         tokens, segments = _arrays(batch)
         loss, gradient = self._gradient(parameters, key, tokens, segments, chosen, mx.array(weights))
         self._set(parameters)  # differentiating leaves its own arrays in the model
@@ -132,7 +134,7 @@ class MlxBackend:
         return value, trained
 
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
-        sums, self._sums = self._sums, Sums()
+        sums, self._sums = sum_of_ranks(self.ranks, self._sums, self._trainable()), Sums()
         if not sums.tokens:
             raise ValueError("apply() needs a trained token, but nothing was accumulated")
         gradient = {name: array / sums.tokens for name, array in sums.gradient.items()}

@@ -34,6 +34,8 @@ BACKENDS = click.Choice(["auto", "mlx"])
     show_default=True,
     help="How often training that died goes on from its last checkpoint by itself.",
 )
+@click.option("--ranks", type=click.IntRange(1), help="Processes on this machine that share the rows of every update.")
+@click.option("--hosts", type=click.Path(path_type=Path), help="mlx.launch's hosts.json: one rank on each host.")
 @click.option("--json", "as_json", is_flag=True, help="Write the events as JSON lines to stdout.")
 def train(
     recipe: Path,
@@ -44,6 +46,8 @@ def train(
     backend: str,
     on_battery: str,
     restarts: int,
+    ranks: int | None,
+    hosts: Path | None,
     as_json: bool,
 ) -> None:
     """Tune a model as RECIPE says, into the run folder --out.
@@ -51,35 +55,49 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on. A training process that dies, because memory runs out or
     for another reason, is started again from the last checkpoint; where smaller pieces help, with half of
     train.micro_batch_tokens, which leaves the result as it is.
+
+    With --ranks or --hosts, or under mlx.launch, several processes train one model: each computes its share of the rows
+    of every update. Where one of them dies, all are started again.
     """
+    from mlxsft.backends import launched_rank
     from mlxsft.errors import Interrupted, UsageError
     from mlxsft.interrupt import stop_requested
     from mlxsft.recipe import load_recipe
     from mlxsft.terminal import told
     from mlxsft.training.events import Finished
+    from mlxsft.training.hosts import launcher, local_hosts, read_hosts
     from mlxsft.training.power import awake, awake_command
     from mlxsft.training.report import make_report
-    from mlxsft.training.supervisor import Launch, Supervisor, pinned, resume_command, worker_command
+    from mlxsft.training.supervisor import Supervisor, pinned, resume_command
     from mlxsft.training.worker import Job
 
     if resume and force:
         raise UsageError(
             "--resume and --force exclude each other", "--resume goes on with the run, --force deletes it."
         )
+    rank = launched_rank()  # of this process, where somebody else starts the ranks
+    if (rank is not None) + (ranks is not None) + (hosts is not None) > 1:
+        raise UsageError(
+            "the ranks are given twice", "Give one of --ranks and --hosts, and neither under mlx.launch or mpirun."
+        )
     loaded = load_recipe(recipe, overrides)
     job = pinned(Job(loaded, out, backend, resume, force, "pause" if on_battery == "pause" else "go-on"))
-    launches = [Launch(worker_command(), os.environ)]
+    starting = launcher(*(read_hosts(hosts) if hosts else (local_hosts(ranks or 1), {})))
+    if rank is not None:
+        restarts = 0  # the others would not be started again
     said = "Stopping after this step, then saving. Once more stops at once."
     with (
         stop_requested(said=said) as stop,
         make_report(as_json=as_json) as report,
         awake(awake_command(sys.platform, os.getpid())),
+        starting as launches,
     ):
         last = None
-        supervisor = Supervisor(job, lambda: launches, restarts=restarts, stop=stop, tell=told)
+        supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told)
         with closing(supervisor.events()) as events:
             for event in events:
-                report.show(event)
+                if not rank:
+                    report.show(event)
                 last = event
     if isinstance(last, Finished) and last.reason == "interrupted":
         said = f"Stopped after step {last.step} of {last.total_steps}; it is saved."
@@ -87,6 +105,6 @@ def train(
             said = "Stopped before the first step; nothing is trained yet."
         exit_code = stop.exit_code if stop() else 143  # the worker alone was told to
         raise Interrupted(said, f"Go on with: {resume_command(out)}", exit_code=exit_code)
-    if not as_json:
+    if not as_json and not rank:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)

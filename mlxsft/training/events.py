@@ -50,6 +50,7 @@ class Started(Event):
     ledger: dict[str, int]
     template: str
     time: str
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxsft.data.batches import batches, epoch_order
+from mlxsft.data.batches import batches, epoch_order, share
 from mlxsft.errors import Diverged
 from mlxsft.training.checkpoints import Progress
 from mlxsft.training.events import Evaluated, Event, Finished, Noted, Sampled, Stepped
@@ -91,7 +91,7 @@ class Training:
         Raises Diverged when loss or gradient stay non-finite.
         """
         while True:
-            if self._evaluation_is_due() and not self.stop():
+            if self._evaluation_is_due() and not self._stopped():
                 yield from self._evaluate()
             if self.plan.saves(self.progress.step) and self.saved_at != self.progress.step:
                 yield self._save()
@@ -111,7 +111,11 @@ class Training:
         patience = self.recipe.eval.patience
         if patience is not None and self.progress.evaluations_since_best >= patience:
             return "patience"
-        return "interrupted" if self.stop() else None
+        return "interrupted" if self._stopped() else None
+
+    def _stopped(self) -> bool:
+        """Whether any rank was asked to stop; all of them find the same, and at the same place."""
+        return bool(self.backend.ranks.sum(np.array([self.stop()], dtype=np.float64))[0])
 
     def _wait_for_power(self) -> Iterator[Event]:
         """Nothing while the machine is plugged in; else what was trained is saved, and the next step waits."""
@@ -141,10 +145,7 @@ class Training:
         train, step = self.recipe.train, self.progress.step + 1
         began = time.perf_counter()
         rows = self._rows_of(step)
-        loss, trained, computed = 0.0, 0, 0
-        for batch in self._batches([self.rows[i] for i in rows]):
-            batch_loss, batch_trained = self.backend.accumulate(batch)
-            loss, trained, computed = loss + batch_loss, trained + batch_trained, computed + batch.tokens.size
+        loss, trained, computed = self._accumulate([self.rows[i] for i in self._share(rows, self.lengths)])
         rate = learning_rate(step, self.plan.total_steps, train)
         norm = self.backend.apply(rate, train.clip_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -164,6 +165,17 @@ class Training:
             peak_bytes=self.backend.peak_bytes(),
             skipped=skipped,
         )
+
+    def _accumulate(self, rows: Sequence[Example]) -> tuple[float, int, int]:
+        """Summed loss in nats, trained and computed tokens of an update, of which these rows are this rank's share."""
+        sums = np.zeros(3)
+        for batch in self._batches(rows):
+            sums += [*self.backend.accumulate(batch), batch.tokens.size]
+        loss, trained, computed = self.backend.ranks.sum(sums).tolist()
+        return loss, int(trained), int(computed)
+
+    def _share(self, rows: Sequence[int] | np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return share(rows, lengths, self.backend.ranks.rank, self.backend.ranks.count)
 
     def _batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         budget = self.recipe.train.micro_batch_tokens
@@ -201,13 +213,15 @@ class Training:
                 return  # stopped on the way; the resumed run evaluates
             yield event
         self.progress = replace(self.progress, evaluated_at=step)
-        for prompt in self.recipe.eval.samples:
+        for prompt in self.recipe.eval.samples if self.backend.ranks.rank == 0 else ():
             if not self.stop():
                 yield Sampled(step, prompt, self.answer(prompt))
 
     def _validated(self, step: int) -> Event | None:
         began = time.perf_counter()
-        judged = validation_loss(self.backend, self._batches(self.held_out), stop=self.stop)
+        lengths = np.array([len(e.tokens) for e in self.held_out])
+        rows = [self.held_out[i] for i in self._share(np.arange(len(lengths)), lengths)]
+        judged = validation_loss(self.backend, self._batches(rows), stop=self.stop)
         if judged is None:
             return None
         loss, tokens = judged
@@ -242,14 +256,15 @@ class Training:
 def validation_loss(
     backend: Backend, rows: Iterable[Batch], *, stop: Callable[[], bool] = lambda: False
 ) -> tuple[float, int] | None:
-    """The loss in nats a trained token over all rows, each once; and how many trained tokens they have.
+    """The loss in nats a trained token over the rows of all ranks, each once; and how many trained tokens they have.
 
-    None when `stop()` says so before all rows are judged.
+    None when `stop()` says so, on any rank, before all rows are judged.
     """
-    total, tokens = 0.0, 0
+    sums = np.zeros(3)  # nats, trained tokens, ranks that stopped
     for batch in rows:
         if stop():
-            return None
-        total += float(backend.losses(batch).sum(dtype=np.float64))
-        tokens += int(batch.mask.sum())
-    return total / tokens, tokens
+            sums[2] = 1
+            break
+        sums[:2] += [backend.losses(batch).sum(dtype=np.float64), batch.mask.sum()]
+    nats, tokens, stopped = backend.ranks.sum(sums).tolist()
+    return None if stopped else (nats / tokens, int(tokens))

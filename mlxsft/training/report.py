@@ -211,6 +211,7 @@ def start_lines(event: Started) -> list[str]:
         f"adapter   {event.trainable_parameters:,} trainable parameters ({share:.2%})",
         f"rows      {event.ledger['read']:,} read = {rows}",
         f"run       {steps}, {event.backend} on {event.device}"
+        + (f", {event.ranks} ranks" if event.ranks > 1 else "")
         + (f", going on after step {event.step}" if event.step else ""),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxsft import __version__
-from mlxsft.backends import Backend, load_backend
+from mlxsft.backends import Backend, join_ranks, load_backend
 from mlxsft.chat.generate import Sampling, answer_text
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
@@ -23,6 +24,7 @@ from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
 from mlxsft.training.events import Event, LeftOutRows, Noted, Restarted, Saved, Started
 from mlxsft.training.loop import Plan, Training
 from mlxsft.training.packing import packs
+from mlxsft.training.ranks import put_back, refuse_another_run
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
 
@@ -46,33 +48,39 @@ def run_training(
     False. Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is
     resumed is not what was begun; else what reading, loading and training raise.
     """
-    with folder.held():
-        _check_begun(folder, resume=resume, force=force)
+    ranks = join_ranks()
+    first = ranks.rank == 0  # which alone reads and writes the folder
+    with folder.held() if first else nullcontext():
+        if first:
+            _check_begun(folder, resume=resume, force=force)
         source = open_model(recipe.model, revision=recipe.revision, progress=tell)
         recipe = recipe.model_copy(update={"revision": source.commit or recipe.revision})
         renderer = load_renderer(source, recipe.data.template)
         dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
         lock = _lock(recipe, source, renderer)
         checkpoint = None
-        if resume:
+        refuse_another_run(ranks, recipe, lock)
+        if resume and first:
             _check_same(folder, recipe, lock)
             checkpoint, damaged = folder.newest()
             dataset.notes.extend(damaged)
         backend = load_backend(backend_name, source)
+        backend.ranks = ranks
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)
         packed, note = packs(backend, recipe.train, dataset.train, renderer.positions)
         dataset.notes.extend(note)
-        if resume:
+        if first and resume:
             folder.rewind(checkpoint.progress.step if checkpoint else -1)
-        else:
+        elif first:
             folder.clear()
             folder.write_start(dump_recipe(recipe), lock)
         ready = Ready(
             recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed, restarted, plugged_in
         )
         for event in ready.events():
-            folder.append(event)
+            if first:
+                folder.append(event)
             yield event
 
 
@@ -94,11 +102,7 @@ class Ready:
     plugged_in: Callable[[], bool]
 
     def events(self) -> Iterator[Event]:
-        progress = Progress()
-        if self.checkpoint is not None:
-            self.backend.load_adapter_state(self.checkpoint.adapter)
-            self.backend.load_optimizer_state(self.checkpoint.optimizer)
-            progress = self.checkpoint.progress
+        progress = put_back(self.backend, self.checkpoint)
         if self.restarted is not None:
             yield replace(self.restarted, step=progress.step)
         yield self._started(progress)
@@ -124,6 +128,8 @@ class Ready:
         )
 
     def _save(self, progress: Progress) -> Event:
+        if self.backend.ranks.rank > 0:
+            return Saved(progress.step, "")  # by rank 0, whose state is the same
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
         config = {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
         path = self.folder.save(state, config, optimizer, progress, keep=self.recipe.save.keep)
@@ -140,6 +146,7 @@ class Ready:
             model=self.source.name,
             backend=self.backend.name,
             device=self.backend.device,
+            ranks=self.backend.ranks.count,
             step=progress.step,
             total_steps=plan.total_steps,
             epochs=plan.total_steps / plan.steps_per_epoch,

@@ -97,6 +97,10 @@ class Worker:
                         sys.stderr.write(line)
                         sys.stderr.flush()
 
+    @property
+    def ended_well(self) -> bool:
+        return self.finished and self.process.returncode == 0
+
     def ask_to_stop(self) -> None:
         """End its stdin: it finishes the step, saves and ends."""
         if self.process.stdin is not None and not self.process.stdin.closed:
@@ -203,7 +207,7 @@ class Supervisor:
                         yield event
                     continue
                 alive.remove(worker)
-                if not (worker.finished and worker.process.returncode == 0):
+                if not worker.ended_well:
                     return self._end(worker, alive)
         return None
 
@@ -231,10 +235,20 @@ class Supervisor:
                     other.process.wait(_FAREWELL_SECONDS)
             raise worker.error
         death = worker.death()
+        if death is not None and death.kind == "lost rank":
+            death = next((d for d in map(_death_of, others) if d is not None and d.kind != "lost rank"), death)
         if death is None:
             said = worker.bug or "".join(worker.tail)
             raise WorkerFailed(f"the training process failed:\n{said}")
         return death
+
+
+def _death_of(worker: Worker) -> Death | None:
+    """Why a rank died that another one misses; None where it lives on or failed otherwise."""
+    with suppress(subprocess.TimeoutExpired):
+        if worker.process.wait(_FAREWELL_SECONDS):
+            return worker.death()
+    return None
 
 
 def worker_command() -> list[str]:

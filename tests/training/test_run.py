@@ -308,6 +308,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llam
     worker.kill()
     process.kill()
     process.communicate()
+    worker.wait(60)
     with (tmp_path / "run" / "events.jsonl").open("a") as torn:
         torn.write('{"event": "ste')  # as a kill in the middle of a line leaves it
     assert train(recipe, tmp_path / "run", resume=True) == 0

@@ -1,0 +1,66 @@
+"""What the ranks of a run have to agree on before they train: the same run, from the same state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxsft.errors import InputRefused
+from mlxsft.training.checkpoints import Checkpoint, Progress
+
+if TYPE_CHECKING:
+    from mlxsft.backends import Backend, Ranks, Tensors
+    from mlxsft.recipe import Recipe
+
+_BYTES_COMPARED = 6  # of a hash: whole numbers up to 2**48 are exact in float64, and so are sums of some of them
+
+
+def refuse_another_run(ranks: Ranks, recipe: Recipe, lock: Mapping[str, Any]) -> None:
+    """Returns where all ranks have the same settings, base, template, rows and versions; paths may differ.
+
+    Raises InputRefused, on every rank, where one differs from rank 0.
+    """
+    same = {
+        "settings": [getattr(recipe, part).model_dump(mode="json") for part in ("adapter", "train", "eval")]
+        + [recipe.data.model_dump(mode="json", exclude={"train", "valid", "template", "templates"})],
+        "base": lock["base"]["sha256"],
+        "template": lock["template"],
+        "data": sorted(lock["data"].values()),
+        "MLX": lock["versions"].get("mlx"),
+        "mlxsft": lock["versions"]["mlxsft"],
+    }
+    hashes = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest() for part in same.values()]
+    mine = np.array([int.from_bytes(h[:_BYTES_COMPARED], "big") for h in hashes], dtype=np.float64)
+    first = ranks.sum(mine if ranks.rank == 0 else np.zeros_like(mine))
+    differ = ranks.sum((mine != first).astype(np.float64)) > 0  # on any rank, so that all of them end
+    if names := [name for name, other in zip(same, differ, strict=True) if other]:
+        raise InputRefused(
+            f"the ranks have not the same {', '.join(names)}", "Copy the files and the versions of rank 0 to all hosts."
+        )
+
+
+def put_back(backend: Backend, checkpoint: Checkpoint | None) -> Progress:
+    """How far the run is: rank 0's checkpoint is put into the backends of all ranks, which need no file of it."""
+    ranks = backend.ranks
+    text = b"" if checkpoint is None else json.dumps(asdict(checkpoint.progress)).encode()
+    length = int(ranks.sum(np.array([float(len(text))]))[0])
+    if length == 0:
+        return Progress()
+    adapter, optimizer = (None, None) if checkpoint is None else (checkpoint.adapter, checkpoint.optimizer)
+    letters = np.frombuffer(text, dtype=np.uint8).astype(np.float64) if text else np.zeros(length)
+    backend.load_adapter_state(_of_first(ranks, adapter, backend.adapter_state()))
+    backend.load_optimizer_state(_of_first(ranks, optimizer, backend.optimizer_state()))
+    return Progress(**json.loads(ranks.sum(letters).astype(np.uint8).tobytes()))
+
+
+def _of_first(ranks: Ranks, tensors: Tensors | None, shapes: Tensors) -> Tensors:
+    """Rank 0's tensors on every rank; the others, which have None, add zeros of these shapes."""
+    if ranks.count == 1 and tensors is not None:
+        return tensors
+    given = tensors or {name: np.zeros_like(tensor) for name, tensor in shapes.items()}
+    return {name: ranks.sum(given[name]) for name in shapes}
