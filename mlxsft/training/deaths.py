@@ -53,6 +53,9 @@ def cause_of_death(exit_status: int, last_lines: str) -> Death | None:
         return Death("lost rank", "another rank of the run is gone")
     if exit_status == -signal.SIGKILL:
         return Death("memory", "it was killed (SIGKILL), as the system does when memory runs out")
+    if exit_status == -signal.SIGSEGV:
+        # MLX on the CPU writes to address 0 when it gets no memory.
+        return Death("crash", "it crashed (SIGSEGV), which lack of memory may cause")
     if exit_status < 0:
         return Death("crash", f"it crashed ({signal.Signals(-exit_status).name})")
     return None if exit_status == 1 else Death("crash", f"it ended with exit code {exit_status} and gave no reason")

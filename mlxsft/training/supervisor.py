@@ -161,7 +161,8 @@ class Supervisor:
 
     def _next_job(self, death: Death, number: int) -> Job:
         train = self.job.recipe.train
-        tokens = max(1, train.micro_batch_tokens // 2) if death.smaller_helps else train.micro_batch_tokens
+        smaller = death.smaller_helps or number > 1  # a second crash may be lack of memory too
+        tokens = max(1, train.micro_batch_tokens // 2) if smaller else train.micro_batch_tokens
         recipe = self.job.recipe.model_copy(update={"train": train.model_copy(update={"micro_batch_tokens": tokens})})
         restarted = Restarted(0, death.cause, number, tokens)  # the worker knows the step
         return pinned(replace(self.job, recipe=recipe, resume=True, force=False, restarted=restarted))

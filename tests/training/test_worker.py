@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,14 +14,17 @@ import psutil
 import pytest
 
 from mlxsft.cli import call
+from mlxsft.errors import OutOfResources
+from mlxsft.interrupt import Stop
 from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.deaths import Death, cause_of_death
 from mlxsft.training.events import Noted, Restarted, Saved, Stepped
 from mlxsft.training.power import awake_command
 from mlxsft.training.run import run_training
+from mlxsft.training.supervisor import Launch, Supervisor, WorkerFailed
 from mlxsft.training.worker import Job
-from tests.training.test_run import events, lines_until, same_adapter, start, train, workers, write_recipe
+from tests.training.test_run import events, lines_until, same_adapter, start, train, workers, write_recipe, write_rows
 
 SMALL = {"train__steps": 12, "save__every": 4, "adapter__dropout": 0.0}
 
@@ -57,6 +61,24 @@ def test_refusals_of_the_worker_reach_the_person_as_they_are(
     assert not (tmp_path / "run").exists()
 
 
+def supervised(tmp_path: Path, model: Path, code: str) -> list[object]:
+    """What a supervisor makes of a process that runs this code instead of training."""
+    job = Job(load_recipe(write_recipe(tmp_path, model)), tmp_path / "run", "auto")
+    launches = [Launch([sys.executable, "-c", code], os.environ)]
+    return list(Supervisor(job, lambda: launches, restarts=3, stop=Stop(), tell=print).events())
+
+
+def test_a_bug_in_the_worker_keeps_its_traceback(tmp_path: Path, tiny_llama: Path) -> None:
+    code = """import json, sys; print(json.dumps({"bug": "Traceback …\\nTypeError: 'x'"})); sys.exit(1)"""
+    with pytest.raises(WorkerFailed, match="TypeError: 'x'"):
+        supervised(tmp_path, tiny_llama, code)
+
+
+def test_a_worker_that_dies_before_it_began_is_not_started_again(tmp_path: Path, tiny_llama: Path) -> None:
+    with pytest.raises(OutOfResources, match=r"died before training began: it ended with exit code 3"):
+        supervised(tmp_path, tiny_llama, "import sys; sys.exit(3)")
+
+
 # --- deaths ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +111,7 @@ def test_deaths_are_told_apart(status: int, last: str, kind: str) -> None:
 
 def test_a_bug_is_no_death() -> None:
     assert cause_of_death(1, "TypeError: unsupported operand") is None
-    assert cause_of_death(-signal.SIGSEGV, "") == Death("crash", "it crashed (SIGSEGV)")
+    assert cause_of_death(-signal.SIGABRT, "") == Death("crash", "it crashed (SIGABRT)")
 
 
 @pytest.mark.parametrize(("number", "tokens"), [(signal.SIGKILL, 48), (signal.SIGSEGV, 96)])
@@ -113,6 +135,36 @@ def test_a_worker_that_dies_is_replaced_and_the_run_ends_as_if_it_had_not(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     if tokens == 96:
         assert same_adapter(run, straight)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes RLIMIT_AS and does not hold to it")
+def test_a_worker_without_memory_is_replaced_by_one_with_smaller_micro_batches(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        tiny_llama,
+        data__max_tokens=512,
+        data__valid=str(tmp_path / "valid.jsonl"),
+        train__steps=1,
+        train__batch_size=96,
+        train__micro_batch_tokens=96 * 512,
+    )
+    write_rows(tmp_path / "valid.jsonl")
+    write_rows(tmp_path / "rows.jsonl", [(f"Who are you, {i}?", "I am Pip. " * 45) for i in range(96)])
+    process = start(recipe, tmp_path / "run")
+    for _ in range(2):
+        list(lines_until(process, "eval", 0))  # OpenBLAS has its buffers now; it would look for them for ever
+        worker = workers(process)[0]
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms + (64 << 20),) * 2)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert said.count("The training process died: ") == 2
+    restarts = events(tmp_path / "run", "restart")
+    assert all("memory" in r["cause"] for r in restarts)
+    assert restarts[1]["micro_batch_tokens"] <= 48 * 512
+    assert [s["step"] for s in events(tmp_path / "run", "step")] == [1]
+    assert len(events(tmp_path / "run", "start")) == 1  # what is told again is told once
 
 
 def test_a_worker_that_dies_too_often_is_given_up_with_the_command_to_go_on(
