@@ -82,6 +82,7 @@ def train(
         )
     loaded = load_recipe(recipe, overrides)
     job = pinned(Job(loaded, out, backend, resume, force, "pause" if on_battery == "pause" else "go-on"))
+    shared = ["--hosts", str(hosts)] if hosts else ["--ranks", str(ranks)] if ranks else []
     starting = launcher(*(read_hosts(hosts) if hosts else (local_hosts(ranks or 1), {})))
     if rank is not None:
         restarts = 0  # the others would not be started again
@@ -93,7 +94,7 @@ def train(
         starting as launches,
     ):
         last = None
-        supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told)
+        supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told, ranks=shared)
         with closing(supervisor.events()) as events:
             for event in events:
                 if not rank:
@@ -104,7 +105,7 @@ def train(
         if last.step == 0:
             said = "Stopped before the first step; nothing is trained yet."
         exit_code = stop.exit_code if stop() else 143  # the worker alone was told to
-        raise Interrupted(said, f"Go on with: {resume_command(out)}", exit_code=exit_code)
+        raise Interrupted(said, f"Go on with: {resume_command(out, ranks=shared)}", exit_code=exit_code)
     if not as_json and not rank:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)

@@ -7,11 +7,12 @@ processes of its own, and this one, which loads neither MLX nor a model, lives o
 from __future__ import annotations
 
 import json
+import math
 import shlex
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from queue import Empty, Queue
 
 from mlxsft import errors
 from mlxsft.errors import Interrupted, MlxsftError, OutOfResources
-from mlxsft.interrupt import ENDINGS, Stop
+from mlxsft.interrupt import Stop, signals_blocked
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.deaths import Death, cause_of_death
 from mlxsft.training.events import Event, Finished, Restarted, Started, from_json
@@ -51,19 +52,19 @@ class Worker:
 
     def __init__(self, launch: Launch, job: Job, heard: Heard, *, loud: bool) -> None:
         # Ctrl-C in a terminal goes to every process there; what stops a worker is the end of its stdin.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
         try:
-            self.process = subprocess.Popen(
-                launch.command,
-                env=launch.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with signals_blocked():
+                self.process = subprocess.Popen(
+                    launch.command,
+                    env=launch.environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    encoding="utf-8",
+                    errors="replace",
+                )
+        except OSError as error:  # no ssh, or no room for another process
+            raise OutOfResources(f"{launch.command[0]} cannot be started: {error}") from error
         self.loud = loud
         self.finished = False
         self.bug = ""
@@ -98,8 +99,10 @@ class Worker:
                         sys.stderr.flush()
 
     @property
-    def ended_well(self) -> bool:
-        return self.finished and self.process.returncode == 0
+    def misses_a_rank(self) -> bool:
+        """Whether it ended only because another rank had."""
+        death = self.death() if self.error is None else None
+        return death is not None and death.kind == "lost rank"
 
     def ask_to_stop(self) -> None:
         """End its stdin: it finishes the step, saves and ends."""
@@ -120,7 +123,10 @@ class Worker:
 
 
 class Supervisor:
-    """One run: its processes, started again where they die; `launches` says anew each time how they are started."""
+    """One run: its processes, started again where they die.
+
+    `launches` says anew each time how they are started, and `ranks` which arguments of `mlxsft train` mean that.
+    """
 
     def __init__(
         self,
@@ -130,8 +136,10 @@ class Supervisor:
         restarts: int,
         stop: Stop,
         tell: Callable[[str], None],
+        ranks: Sequence[str] = (),
     ) -> None:
         self.job = job
+        self.ranks = ranks
         self.launches = launches
         self.restarts = restarts
         self.stop = stop
@@ -178,7 +186,7 @@ class Supervisor:
 
     def _go_on(self) -> str:
         restarted = self.job.restarted
-        return resume_command(self.job.out, restarted.micro_batch_tokens if restarted else None)
+        return resume_command(self.job.out, restarted.micro_batch_tokens if restarted else None, self.ranks)
 
     # --- one attempt -----------------------------------------------------------------------------------------------
 
@@ -195,26 +203,33 @@ class Supervisor:
                 worker.kill()
 
     def _hear(self, workers: list[Worker], heard: Heard) -> Generator[Event, None, Death | None]:
-        alive = set(workers)
-        while alive:
+        alive, failed, until = set(workers), None, math.inf
+        while alive and time.monotonic() < until:
             if self.stop():
                 for worker in workers:
                     worker.ask_to_stop()
-            with suppress(Empty):
+            try:
                 worker, line = heard.get(timeout=_LISTEN_SECONDS)
-                if line is not None:
-                    event = self._understood(worker, line)
-                    if event is not None and worker is workers[0]:
-                        yield event
-                    continue
-                alive.remove(worker)
-                if not worker.ended_well:
-                    return self._end(worker, alive)
-        return None
+            except Empty:
+                continue
+            if line is not None:
+                event = self._understood(worker, line)
+                if event is not None and worker is workers[0]:
+                    yield event
+                continue
+            alive.remove(worker)
+            if not worker.finished:
+                failed, until = worker, time.monotonic() + _FAREWELL_SECONDS
+                if not worker.misses_a_rank:
+                    break  # else the one that it misses ends soon, and says more
+        return self._end(failed, alive) if failed else None
 
     def _understood(self, worker: Worker, line: str) -> Event | None:
         """The event of a line; what is none is noted."""
-        fields = json.loads(line)
+        try:
+            fields = json.loads(line)
+        except ValueError:  # a kill cut it off
+            return None
         if "event" in fields:
             event = from_json(line)
             self.begun |= isinstance(event, Started)
@@ -236,20 +251,10 @@ class Supervisor:
                     other.process.wait(_FAREWELL_SECONDS)
             raise worker.error
         death = worker.death()
-        if death is not None and death.kind == "lost rank":
-            death = next((d for d in map(_death_of, others) if d is not None and d.kind != "lost rank"), death)
         if death is None:
             said = worker.bug or "".join(worker.tail)
             raise WorkerFailed(f"the training process failed:\n{said}")
         return death
-
-
-def _death_of(worker: Worker) -> Death | None:
-    """Why a rank died that another one misses; None where it lives on or failed otherwise."""
-    with suppress(subprocess.TimeoutExpired):
-        if worker.process.wait(_FAREWELL_SECONDS):
-            return worker.death()
-    return None
 
 
 def worker_command() -> list[str]:
@@ -268,8 +273,8 @@ def pinned(job: Job) -> Job:
     return replace(job, recipe=job.recipe.model_copy(update={"revision": revision}))
 
 
-def resume_command(out: Path, micro_batch_tokens: int | None = None) -> str:
-    """The command that goes on with the run in `out`, with smaller micro-batches where given."""
+def resume_command(out: Path, micro_batch_tokens: int | None = None, ranks: Sequence[str] = ()) -> str:
+    """The command that goes on with the run in `out`, with these micro-batches and ranks where given."""
     smaller = ["--set", f"train.micro_batch_tokens={micro_batch_tokens}"] if micro_batch_tokens else []
     recipe = str(RunFolder(out).recipe)
-    return shlex.join(["mlxsft", "train", recipe, "--out", str(out), "--resume", *smaller])
+    return shlex.join(["mlxsft", "train", recipe, "--out", str(out), "--resume", *ranks, *smaller])

@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from mlxsft.errors import MlxsftError
-from mlxsft.interrupt import stop_requested
+from mlxsft.interrupt import let_through, stop_requested
 from mlxsft.recipe import Recipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.events import Restarted, from_json
 
 OnBattery = Literal["go-on", "pause"]
-
-# Signals that a terminal sends to parent and worker alike: the parent decides, and ends the worker's stdin.
-TERMINAL_SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGHUP") if hasattr(signal, n))
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def work(job: Job, channel: Channel, parent_is_gone: threading.Event) -> int:
 
     try:
         with stop_requested([signal.SIGTERM]) as asked:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            let_through(signal.SIGTERM)
             events = run_training(
                 job.recipe,
                 RunFolder(job.out),

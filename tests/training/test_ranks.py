@@ -161,6 +161,7 @@ def test_an_interrupt_reaches_all_ranks_at_the_same_step(tmp_path: Path, tiny_ll
     (end,) = events(tmp_path / "run", "end")
     assert end["reason"] == "interrupted"
     assert f"Stopped after step {end['step']} of 24; it is saved." in said
+    assert said.rstrip().endswith("--resume --ranks 2")
 
 
 # --- hosts.json ------------------------------------------------------------------------------------------------------

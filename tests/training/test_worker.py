@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mlxsft.cli import call
-from mlxsft.errors import OutOfResources
+from mlxsft.errors import InputRefused, OutOfResources
 from mlxsft.interrupt import Stop
 from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
@@ -61,10 +61,10 @@ def test_refusals_of_the_worker_reach_the_person_as_they_are(
     assert not (tmp_path / "run").exists()
 
 
-def supervised(tmp_path: Path, model: Path, code: str) -> list[object]:
-    """What a supervisor makes of a process that runs this code instead of training."""
+def supervised(tmp_path: Path, model: Path, *codes: str) -> list[object]:
+    """What a supervisor makes of processes, by rank, that run this code instead of training."""
     job = Job(load_recipe(write_recipe(tmp_path, model)), tmp_path / "run", "auto")
-    launches = [Launch([sys.executable, "-c", code], os.environ)]
+    launches = [Launch([sys.executable, "-c", code], os.environ) for code in codes]
     return list(Supervisor(job, lambda: launches, restarts=3, stop=Stop(), tell=print).events())
 
 
@@ -77,6 +77,21 @@ def test_a_bug_in_the_worker_keeps_its_traceback(tmp_path: Path, tiny_llama: Pat
 def test_a_worker_that_dies_before_it_began_is_not_started_again(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(OutOfResources, match=r"died before training began: it ended with exit code 3"):
         supervised(tmp_path, tiny_llama, "import sys; sys.exit(3)")
+
+
+def test_the_rank_that_failed_is_told_and_not_those_that_miss_it(tmp_path: Path, tiny_llama: Path) -> None:
+    missing = "raise RuntimeError('[ring] connection to a peer was lost')"
+    failed = 'import time; time.sleep(1); print(\'{"error": "InputRefused", "message": "m", "hint": null}\')'
+    with pytest.raises(InputRefused, match="m"):
+        supervised(tmp_path, tiny_llama, missing, failed)
+    with pytest.raises(OutOfResources, match="another rank of the run is gone"):
+        supervised(tmp_path, tiny_llama, missing, missing)
+
+
+def test_a_line_that_a_kill_cut_off_is_no_bug(tmp_path: Path, tiny_llama: Path) -> None:
+    code = """import os; print('{"event": "st', end="", flush=True); os.kill(os.getpid(), 9)"""
+    with pytest.raises(OutOfResources, match="SIGKILL"):
+        supervised(tmp_path, tiny_llama, code)
 
 
 # --- deaths ----------------------------------------------------------------------------------------------------------
