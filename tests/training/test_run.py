@@ -252,7 +252,7 @@ def test_the_loss_of_step_1_on_a_real_model_is_that_of_transformers(tmp_path: Pa
 
 def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mlxsft", "train", str(recipe), "--out", str(out), "--json", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def lines_until(process: subprocess.Popen[str], kind: str, step: int) -> Iterator[dict[str, Any]]:
@@ -279,7 +279,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
     recipe = write_recipe(tmp_path, tiny_llama, train__steps=30, data__valid=0.2, save__every=100)
     process = start(recipe, tmp_path / "run")
     list(lines_until(process, "step", 7))
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to all processes, as a terminal and a service manager do
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "it is saved" in errors
