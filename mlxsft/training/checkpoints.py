@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from mlxsft.models.adapter import (
     sync_folder,
     writing,
 )
-from mlxsft.training.events import Event, Finished, Started, Stepped, read_events
+from mlxsft.training.events import Event, Finished, Restarted, Started, Stepped, read_events
 
 Tensors = Mapping[str, np.ndarray]
 Which = Literal["best", "last"]  # adapter is the run's: `save.adapter`
@@ -172,13 +172,17 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Take back the events behind `step`, which a resumed run makes again, and a line that a kill cut off.
 
-        A run that rolled back made some steps twice; only the last time counts.
+        A run that rolled back made some steps twice; only the last time counts. What is told of restarts stays.
         """
         events, _ = read_events(self.events)
         made = max(
-            (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=0
+            (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=-1
         )
-        kept = [event for i, event in enumerate(events) if i <= made or getattr(event, "step", 0) <= step]
+        kept = [
+            event
+            for i, event in enumerate(events)
+            if i <= made or isinstance(event, Restarted) or getattr(event, "step", 0) <= step
+        ]
         text = "".join(f"{event.to_json()}\n" for event in kept).encode()
         if events and text != self.events.read_bytes():
             atomic_write(self.events, text)
@@ -253,12 +257,10 @@ class RunFolder:
             os.replace(self._folder(step), gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def go_back(
-        self, checkpoint: Checkpoint | None, config: Mapping[str, Any], which: Which = "best"
-    ) -> tuple[Progress, list[str]]:
+    def go_back(self, checkpoint: Checkpoint | None, config: Mapping[str, Any], which: Which = "best") -> list[str]:
         """Remove the checkpoints behind this one (all, where it is None); the run's adapter is what it was then.
 
-        How far the run is, and a sentence where the best adapter is lost: there is no best evaluation then.
+        A sentence where the best adapter is lost: the run's is then that of this checkpoint.
         """
         for step in self.steps():
             if checkpoint is None or step > checkpoint.progress.step:
@@ -266,12 +268,11 @@ class RunFolder:
         if checkpoint is None or not checkpoint.progress.step:
             for name in (WEIGHTS, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
-            return (Progress() if checkpoint is None else checkpoint.progress), []
+            return []
         chosen, lost = self.chosen(checkpoint, which)
         if not self.has_adapter_of(chosen, config):
             save_adapter(self.path, chosen.adapter, config)
-        progress = checkpoint.progress
-        return (replace(progress, best_valid_loss=None, best_step=None) if lost else progress), lost
+        return lost
 
     # --- loading ---------------------------------------------------------------------------------------------------
 

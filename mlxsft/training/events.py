@@ -52,6 +52,18 @@ class Started(Event):
     ledger: dict[str, int]
     template: str
     time: str
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Restarted(Event):
+    """A training process died of `cause`; another one goes on after `step` steps, the `restart`-th of this command."""
+
+    kind = "restart"
+    step: int
+    cause: str
+    restart: int
+    micro_batch_tokens: int
 
 
 @dataclass(frozen=True)

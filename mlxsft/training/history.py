@@ -18,6 +18,7 @@ from mlxsft.training.events import (
     LeftOutRows,
     Noted,
     Overfitted,
+    Restarted,
     RolledBack,
     Sampled,
     Started,
@@ -25,7 +26,7 @@ from mlxsft.training.events import (
     lasting,
     read_events,
 )
-from mlxsft.training.report import overfitting_sentence, rolled_back_sentence
+from mlxsft.training.report import overfitting_sentence, restart_sentence, rolled_back_sentence
 
 DEPTH = 3  # folders below the one that is searched for runs
 _ENDS = {"done": "finished", "patience": "stopped early", "interrupted": "interrupted"}
@@ -82,6 +83,7 @@ class History:
     def notes(self) -> list[str]:
         """Each note once: a resumed run says most of them again."""
         said = [e.message for e in self.events if isinstance(e, Noted)]
+        said += [f"restart {e.restart}: {restart_sentence(e)}" for e in self.events if isinstance(e, Restarted)]
         said += [f"step {e.step}: {rolled_back_sentence(e)}" for e in self.events if isinstance(e, RolledBack)]
         said += [f"step {e.step}: {overfitting_sentence(e)}" for e in self.lasting if isinstance(e, Overfitted)]
         said += (

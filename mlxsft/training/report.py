@@ -22,6 +22,7 @@ from mlxsft.training.events import (
     LeftOutRows,
     Noted,
     Overfitted,
+    Restarted,
     RolledBack,
     Sampled,
     Saved,
@@ -216,6 +217,7 @@ def start_lines(event: Started) -> list[str]:
         f"adapter   {event.trainable_parameters:,} trainable parameters ({share:.2%})",
         f"rows      {event.ledger['read']:,} read = {rows}",
         f"run       {steps}, {event.backend} on {event.device}"
+        + (f", {event.ranks} ranks" if event.ranks > 1 else "")
         + (f", going on after step {event.step}" if event.step else ""),
     ]
 
@@ -225,6 +227,8 @@ def event_line(event: Event) -> str:
     match event:
         case Noted():
             return f"note      {event.message}"
+        case Restarted():
+            return f"restart   {event.restart}: {restart_sentence(event)}"
         case LeftOutRows():
             more = f"\n          … and {len(event.rows) - 3} more, all in events.jsonl" * (len(event.rows) > 3)
             return "left out  " + "\n          ".join(printable(row) for row in event.rows[:3]) + more
@@ -264,6 +268,12 @@ def overfitting_sentence(event: Overfitted) -> str:
     return (
         f"overfitting: since step {event.steps[0]} the training loss falls ({training}) and the validation loss rises "
         f"({valid}). Fewer epochs, more rows, a lower learning rate or rank help; eval.patience stops such a run."
+    )
+
+
+def restart_sentence(event: Restarted) -> str:
+    return (
+        f"going on after step {event.step}, {event.micro_batch_tokens} tokens computed at once, because {event.cause}"
     )
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxsft.cli import call
 from mlxsft.errors import UsageError
 from mlxsft.training import trackers
 from mlxsft.training.trackers import refuse_missing, tag_of
-from tests.training.test_run import events, lines_until, start, write_recipe
+from tests.training.test_run import events, lines_until, start, train, write_recipe
 
 JUDGED: dict[str, Any] = {"data__valid": 0.2, "eval__every": 4, "train__steps": 12, "report": ["tensorboard"]}
 
@@ -29,7 +28,7 @@ def read_back(run: Path) -> Any:
 
 def test_tensorboard_has_every_number_and_sample_of_the_events(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, eval__samples=["Who are you?"])
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     found = read_back(tmp_path / "run")
     told = {tag: [(s.step, s.value) for s in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     steps, judged = events(tmp_path / "run", "step"), events(tmp_path / "run", "eval")
@@ -51,7 +50,7 @@ def test_a_resumed_run_is_one_curve(tmp_path: Path, tiny_llama: Path) -> None:
     list(lines_until(process, "step", 13))
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert train(recipe, tmp_path / "run", resume=True) == 0
     curve = [(s.step, s.value) for s in read_back(tmp_path / "run").Scalars("train/loss")]
     assert curve == [(s["step"], np.float32(s["loss"])) for s in events(tmp_path / "run", "step")]
     assert [step for step, _ in curve] == list(range(1, 21))
@@ -61,7 +60,7 @@ def test_a_tracker_that_cannot_begin_is_a_note(tmp_path: Path, tiny_llama: Path)
     recipe = write_recipe(tmp_path, tiny_llama, **JUDGED)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("in the way")
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     (note,) = [e["message"] for e in events(tmp_path / "run", "note") if "report:" in e["message"]]
     assert note.startswith("report: tensorboard failed")
     assert events(tmp_path / "run", "end")[0]["step"] == 12
@@ -92,7 +91,7 @@ def test_a_tracker_that_fails_on_the_way_is_one_note(
 ) -> None:
     monkeypatch.setitem(trackers.KINDS, "tensorboard", lambda run: Failing(left))
     recipe = write_recipe(tmp_path, tiny_llama, **JUDGED)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     notes = [e["message"] for e in events(tmp_path / "run", "note") if "report:" in e["message"]]
     assert notes == ["report: nowhere", f"report: tensorboard failed and gets no more of this run: {said}"]
     assert events(tmp_path / "run")[-1]["event"] == "end"
@@ -109,7 +108,7 @@ def test_what_is_not_installed_is_refused_with_the_command(tmp_path: Path, monke
 
 def test_a_misspelt_tracker_is_refused(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, report=["tensorbord"])
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert train(recipe, tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert 'report[0]: got "tensorbord", expected one of tensorboard, trackio, wandb, mlflow' in said
     assert not (tmp_path / "run").exists()
