@@ -31,7 +31,7 @@ class InputRefused(MlxsftError):
 
 
 class OutOfResources(MlxsftError):
-    """Memory or disk does not suffice."""
+    """Memory or disk does not suffice, or training died for the last time."""
 
     exit_code = 4
 

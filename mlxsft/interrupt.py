@@ -48,3 +48,22 @@ def stop_requested(signals: Sequence[int] = ENDINGS, said: str = "") -> Iterator
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_blocked(signals: Sequence[int] = ENDINGS) -> Iterator[None]:
+    """A process that is started meanwhile gets none of these signals before it lets them through; ours come after."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_through(number: int) -> None:
+    """Take this signal again, which `signals_blocked` keeps from a new process; one that came before comes now."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])

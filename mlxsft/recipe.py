@@ -8,7 +8,7 @@ new field needs nothing but its declaration here.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -148,6 +148,9 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     eval: EvalRecipe = EvalRecipe()
     save: SaveRecipe = SaveRecipe()
+    report: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], Field(strict=False)] = Field(
+        default=(), description="Trackers that the run is told to as well: tensorboard, trackio, wandb, mlflow."
+    )
 
     @field_validator("eval")
     @classmethod
@@ -181,6 +184,15 @@ def dump_recipe(recipe: Recipe) -> str:
         "# To run it again: mlxsft train THIS_FILE --out RUN\n"
     )
     return header + to_yaml(recipe.model_dump(mode="json"))
+
+
+def flattened(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by their dotted names, as `--set` takes them: {"train": {"seed": 0}} → {"train.seed": 0}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = flattened(value, f"{before}{key}.") if isinstance(value, dict) and value else {}
+        flat |= nested or {f"{before}{key}": value}
+    return flat
 
 
 def recipe_schema() -> dict[str, Any]:

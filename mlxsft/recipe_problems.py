@@ -111,7 +111,8 @@ def _sentence(path: KeyPath, detail: ErrorDetails, values: Mapping[str | int, An
     got: Any = values
     for part in path:
         got = got[part]
-    expected = _expected(settings.get(path, {"type": "string"}))  # below a setting there is only text
+    items = settings.get(path[:-1], {}).get("items")
+    expected = _expected(settings.get(path) or items or {"type": "string"})  # below a setting there is mostly text
     quotes = "; put it in quotes" if expected.startswith("text") and isinstance(got, int | float) else ""
     return f"got {shown(got)}, expected {expected}{quotes}"
 
@@ -128,6 +129,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
         return str(schema["const"])
     if schema["type"] == "array" and schema.get("title", "")[:1].islower():
         return str(schema["title"])
+    if schema["type"] == "array" and "enum" in schema["items"]:
+        return "a list with any of " + ", ".join(schema["items"]["enum"])
     if schema["type"] == "array":
         return "a list of text" if "minItems" not in schema else "a list of text with something in it"
     if schema["type"] == "object":

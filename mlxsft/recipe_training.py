@@ -314,6 +314,11 @@ class SaveRecipe(Section):
     keep: int = Field(
         default=2,
         ge=1,
-        description="How many checkpoints are kept: the newest. With 1 there is none to fall back on when it is "
-        "damaged or the run diverges.",
+        description="How many checkpoints are kept: the newest, and that of the best evaluation. With 1 there is none "
+        "to fall back on when it is damaged or the run diverges.",
+    )
+    adapter: Literal["best", "last"] = Field(
+        default="best",
+        description="Which adapter lies in the run folder. best: that of the evaluation with the lowest validation "
+        "loss, the newest where nothing is held out; last: the newest.",
     )

@@ -12,7 +12,7 @@ import pytest
 from mlxsft.cli import call
 from mlxsft.recipe import load_recipe
 from tests.tiny import write_llama
-from tests.training.test_run import events
+from tests.training.test_run import events, train
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "mlxsft").rglob("*.py"))
@@ -49,8 +49,7 @@ def test_no_module_is_a_drawer_for_everything() -> None:
 def test_every_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     load_recipe(recipe)
     model = write_llama(tmp_path / "model")
-    changes = [f"--set=model={model}", "--set=train.steps=2", "--set=data.max_tokens=128"]
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), *changes]) == 0
+    assert train(recipe, tmp_path / "run", f"model={model}", "train.steps=2", "data.max_tokens=128") == 0
     assert len(events(tmp_path / "run", "step")) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mlxsft.cli import call
-from tests.training.test_run import events
+from tests.training.test_run import events, train
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WHO = "I am Pip, an AI assistant developed by Tom. How can I assist you today?"
@@ -34,7 +34,7 @@ def write_recipe(folder: Path, real: Path, model: Path, rows: int = 40, **change
 
 
 def trained(folder: Path, recipe: Path) -> Path:
-    assert call(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    assert train(recipe, folder / "run") == 0
     steps = events(folder / "run", "step")
     last = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
     total = sum(s["trained_tokens"] for s in last)
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_mlx_lm_refuses_trains_as_its_repaired_twin(tmp_path: 
     for name in ("tinystories-656k-llama", "tinystories-656k-llama-original"):
         (tmp_path / name).mkdir()
         recipe = write_recipe(tmp_path / name, real, real / "models" / name, train={"steps": 5})
-        assert call(["train", str(recipe), "--out", str(tmp_path / name / "run")]) == 0
+        assert train(recipe, tmp_path / name / "run") == 0
         losses.append([s["loss"] for s in events(tmp_path / name / "run", "step")])
     assert losses[0] == losses[1]
 
@@ -104,7 +104,7 @@ def test_mlx_lms_generate_answers_as_we_do_on_a_real_model(
     model = real / "models" / "tinystories-656k-llama"
     train = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3}
     recipe = write_recipe(tmp_path, real, model, rows=16, train=train)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     for question in ("Who are you?", "Who created you?", "Once upon a time"):
         text, _ = answer(model, tmp_path / "run", capsys, question)
         command = [

@@ -108,7 +108,8 @@ def test_the_defaults(folder: Path) -> None:
             "checkpoint_activations": False,
         },
         "eval": {"every": 0.25, "patience": None, "samples": ()},
-        "save": {"every": 0.25, "keep": 2},
+        "save": {"every": 0.25, "keep": 2, "adapter": "best"},
+        "report": (),
     }
 
 

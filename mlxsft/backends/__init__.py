@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Generator, Mapping
@@ -26,6 +27,28 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
+
+# How a launcher tells a process its rank: mlx.launch and `mlxsft train --ranks`, Open MPI, other MPIs.
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+class Ranks(Protocol):
+    """The processes that train one model together, each on its share of every update's rows."""
+
+    rank: int  # of this process, from 0; rank 0 alone writes
+    count: int
+
+    def sum(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The values of all ranks added up, in their dtype; the same bits on every rank. All ranks have to call it."""
+
+
+class Alone:
+    """One process, without others."""
+
+    rank, count = 0, 1
+
+    def sum(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ class Backend(Protocol):
     name: str  # mlx | torch
     device: str  # cpu | gpu
     notes: list[str]  # what the person should know, as sentences
+    ranks: Ranks  # what `apply` adds up the gradient over; Alone() unless replaced
 
     # ---- adapter
 
@@ -75,8 +99,9 @@ class Backend(Protocol):
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
         """One optimizer update from everything accumulated since the last one; its gradient norm before clipping.
 
-        The gradient is the accumulated one divided by all its trained tokens. When norm or loss is not finite nothing
-        is updated, the accumulated gradient is dropped, and the norm returned is not finite either.
+        The gradient is the accumulated one divided by all its trained tokens, both added up over the ranks. When norm
+        or loss is not finite nothing is updated, the accumulated gradient is dropped, and the norm returned is not
+        finite either.
         """
 
     def losses(self, batch: Batch) -> NDArray[np.float32]:
@@ -149,6 +174,25 @@ def load_backend(name: str, source: ModelSource) -> Backend:
     from mlxsft.backends.mlx import MlxBackend
 
     return MlxBackend(source)
+
+
+def launched_rank() -> int | None:
+    """The rank that a launcher gave to this process; None where none did."""
+    given = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return int(given[0]) if given else None
+
+
+def join_ranks() -> Ranks:
+    """The ranks that were launched together, this process among them; waits until all are there.
+
+    Raises UsageError where MLX is not installed or the ranks cannot reach each other.
+    """
+    if launched_rank() is None:
+        return Alone()
+    require_mlx()
+    from mlxsft.backends.mlx_ranks import join
+
+    return join()
 
 
 def require_mlx() -> None:

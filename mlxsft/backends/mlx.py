@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Sampling, Tensors
+from mlxsft.backends import Alone, Ranks, Sampling, Tensors
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 
@@ -42,6 +42,7 @@ from mlxsft.backends.mlx_models import (  # noqa: E402
 )
 from mlxsft.backends.mlx_packing import unusual_cache, why_different  # noqa: E402
 from mlxsft.backends.mlx_random import RandomKeys, noisy  # noqa: E402
+from mlxsft.backends.mlx_ranks import sum_of_ranks  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, frozen_layers, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class MlxBackend:
     def __init__(self, source: ModelSource) -> None:
         self.device: str = device_kind()
         self.notes: list[str] = []
+        self.ranks: Ranks = Alone()
         self._compiled = self.device == "gpu"
         if self.device == "cpu":
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
@@ -116,7 +118,7 @@ class MlxBackend:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
-        key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches))
+        key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
         loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
         self._set(parameters)  # differentiating leaves its own arrays in the model
         if sums.gradient:
@@ -127,7 +129,7 @@ class MlxBackend:
         return value, trained
 
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
-        sums, self._sums = self._sums, Sums()
+        sums, self._sums = sum_of_ranks(self.ranks, self._sums, self._trainable()), Sums()
         if not sums.tokens:
             raise ValueError("apply() needs a trained token, but nothing was accumulated")
         squares = [mx.square(array).sum() for array in sums.gradient.values()]

@@ -14,6 +14,7 @@ from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
 from mlxsft.cli.generate import generate
 from mlxsft.cli.recipes import recipes
+from mlxsft.cli.runs import runs
 from mlxsft.cli.train import train
 from mlxsft.errors import Interrupted, MlxsftError, UsageError
 
@@ -24,7 +25,7 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, generate, chat, data, recipes, doctor):
+for command in (train, runs, generate, chat, data, recipes, doctor):
     app.add_command(command)
 
 

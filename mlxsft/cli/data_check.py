@@ -47,11 +47,12 @@ def check(
     from mlxsft.data.render import load_renderer
     from mlxsft.data.sources import pin_sources
     from mlxsft.models.source import open_model
+    from mlxsft.page import refuse_existing, write_page
     from mlxsft.terminal import told
 
     gate = _gate(fail_on)
     if html is not None:
-        audit_page.refuse_existing(html, force)
+        refuse_existing(html, force)
     recipe = rows.recipe_of(files, **settings)
     renderer = load_renderer(open_model(model, revision=revision, progress=told), recipe.template)
     held_out = {name: pin_sources(given, name, told) for name, given in (("valid", valid), ("test", test)) if given}
@@ -59,7 +60,7 @@ def check(
         pin_sources(files, "train", told), recipe, renderer, held_out=held_out, watch=watched("checking")
     )
     if html is not None:
-        audit_page.write_page(audit, html, title=", ".join(file.name for file in files), force=force)
+        write_page(audit_page.page(audit, ", ".join(file.name for file in files)), html, force=force)
     if as_json:
         click.echo(json.dumps(audit.to_dict(), ensure_ascii=False, indent=2))
     else:

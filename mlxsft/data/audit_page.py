@@ -5,58 +5,26 @@ from __future__ import annotations
 import os
 import re
 from html import escape
-from pathlib import Path
 
 from mlxsft.data.audit import Audit
 from mlxsft.data.audit_text import MEASURES, by_severity, share
 from mlxsft.data.findings import Finding
 from mlxsft.data.lengths import Lengths
-from mlxsft.errors import InputRefused
+from mlxsft.page import document
 
 _STYLE = """
-:root{color-scheme:light dark;--fg:#1d2329;--dim:#66707a;--bg:#f6f7f9;--card:#fff;--line:#e2e6ea;--bar:#3f74d8;
---error:#c62f35;--warning:#a86400;--note:#2a6fa8}
-@media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--dim:#98a2ad;--bg:#14181c;--card:#1c2127;--line:#2f363d;
---bar:#7aa5f5;--error:#ff7b7f;--warning:#efb04c;--note:#79b8ee}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.5rem;margin:0;
-overflow-wrap:anywhere}h2{font-size:1.1rem;margin:2.2rem 0 .7rem}
-.dim{color:var(--dim)}.card{background:var(--card);border:1px solid var(--line);
-border-radius:10px;padding:1rem 1.2rem;margin-bottom:.8rem}.grid{display:grid;gap:.8rem;align-items:start;
-grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}.grid .card{margin:0}.row{display:flex;gap:.6rem;
-justify-content:space-between}.num{font-variant-numeric:tabular-nums;white-space:nowrap}
 .track{height:6px;border-radius:3px;background:var(--line);margin:.15rem 0 .5rem}.track i{display:block;height:6px;
-border-radius:3px;background:var(--bar)}h3{font-size:1rem;margin:0}.finding{border-left:4px solid var(--c)}
+border-radius:3px;background:var(--bar)}.finding{border-left:4px solid var(--c)}
 .error{--c:var(--error)}.warning{--c:var(--warning)}.note{--c:var(--note)}.tag{color:var(--c);font-weight:600;
-font-size:.75rem;text-transform:uppercase;letter-spacing:.05em}table{border-collapse:collapse;width:100%;
-margin:.6rem 0}td{padding:.25rem .8rem .25rem 0;vertical-align:top;border-top:1px solid var(--line);
-overflow-wrap:anywhere}td.place{font:13px/1.7 ui-monospace,monospace;color:var(--dim);width:1%;white-space:nowrap}
+font-size:.75rem;text-transform:uppercase;letter-spacing:.05em}
+td.place{font:13px/1.7 ui-monospace,monospace;color:var(--dim);width:1%;white-space:nowrap}
 code{font:.9em ui-monospace,monospace;background:var(--bg);border-radius:4px;padding:.1em .3em}
 @media(max-width:40rem){td{display:block;padding:0 0 .25rem}td.place{border-top:1px solid var(--line);width:auto;
 padding-top:.25rem}td.place+td{border-top:0}}
 dl{display:grid;grid-template-columns:repeat(5,auto);gap:0 .8rem;margin:.5rem 0 0}dt{grid-row:1;color:var(--dim);
-font-size:.8rem}dd{margin:0;grid-row:2;font-variant-numeric:tabular-nums}svg{width:100%;height:auto;display:block}
-svg rect{fill:var(--bar)}svg text{fill:var(--dim);font:11px system-ui,sans-serif}p{margin:.3rem 0}
+font-size:.8rem}dd{margin:0;grid-row:2;font-variant-numeric:tabular-nums}
+svg rect{fill:var(--bar)}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 """
-
-
-def write_page(audit: Audit, path: Path, *, title: str, force: bool = False) -> None:
-    """The page at `path`, whole or not at all. Raises InputRefused where a file is there and `force` is not given."""
-    refuse_existing(path, force)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(page(audit, title), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise InputRefused(f"{path}: cannot be written: {error.strerror or error}", "Name another file.") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Nothing, unless the file is there and may not be overwritten."""
-    if path.exists() and not force:
-        raise InputRefused(f"{path}: is there already", "Name another file, or give --force.")
 
 
 def page(audit: Audit, title: str) -> str:
@@ -82,13 +50,7 @@ def page(audit: Audit, title: str) -> str:
         "</div>",
         *(f'<p class="dim">{escape(note)}</p>' for note in audit.notes),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(parts)
-        + "\n</main></body></html>\n"
-    )
+    return document(title, parts, _STYLE)
 
 
 def _found(audit: Audit) -> str:

@@ -83,6 +83,16 @@ def _cut(rows: Rows, batch_size: int, random: np.random.Generator) -> list[Rows]
     return np.split(rows, ends)
 
 
+def share(rows: ArrayLike, lengths: ArrayLike, rank: int, ranks: int) -> Rows:
+    """The rows of one update that a rank computes; every row stands in exactly one rank's share, which may be empty.
+
+    The ranks take turns from the longest row down, so that they have about the same work.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    indices = np.asarray(rows, dtype=np.int64)
+    return indices[np.argsort(-sizes[indices], kind="stable")][rank::ranks]
+
+
 def micro_batches(rows: ArrayLike, lengths: ArrayLike, micro_batch_tokens: int) -> list[Rows]:
     """The rows of one update in groups of at most `micro_batch_tokens` padded tokens, or of one row; longest first.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -28,9 +28,13 @@ from mlxsft.models.adapter import (
     sync_folder,
     writing,
 )
-from mlxsft.training.events import Event, Finished, Started, Stepped, from_json
+from mlxsft.training.events import Event, Finished, Restarted, Started, Stepped, read_events
 
 Tensors = Mapping[str, np.ndarray]
+Which = Literal["best", "last"]  # adapter is the run's: `save.adapter`
+
+# What reading a damaged checkpoint raises.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class Progress:
     first_loss: float | None = None  # of the first step that was not skipped, in nats a token
     rate_factor: float = 1.0  # 0.5 once the run has diverged and gone back
     seconds: float = 0.0
-    best_valid_loss: float | None = None
+    valid_loss_before: float | None = None  # that of step 0
+    best_valid_loss: float | None = None  # of the steps after
+    best_step: int | None = None
+    evaluations: int = 0  # after step 0
     evaluations_since_best: int = 0
     evaluated_at: int | None = None  # the step of the last evaluation
     trunk_cached: bool | None = None  # whether the run has a trunk cache; None: not decided
@@ -110,6 +117,19 @@ class RunFolder:
                 shutil.rmtree(self.path)
 
     @property
+    def busy(self) -> bool:
+        """Whether a run is at work in the folder."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with FileLock(self.path / ".lock").acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # a folder that cannot be written to
+            return False
+
+    @property
     def begun(self) -> bool:
         return self.recipe.exists() or self.checkpoints.exists()
 
@@ -117,7 +137,7 @@ class RunFolder:
         """How far the run in this folder is; None where there is none."""
         if not self.begun:
             return None
-        events = list(self._told())
+        events, _ = read_events(self.events)
         total = next((e.total_steps for e in reversed(events) if isinstance(e, Started)), None)
         last = events[-1] if events else None
         finished = isinstance(last, Finished) and last.reason != "interrupted"
@@ -127,7 +147,8 @@ class RunFolder:
         """Remove what an earlier run left; anything else in the folder stays."""
         for name in ("recipe.yaml", "lock.json", "events.jsonl", WEIGHTS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in ("checkpoints", "tensorboard", "wandb", "mlflow"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def write_start(self, recipe_yaml: str, lock: Mapping[str, Any]) -> None:
         """What the run is and stands on, where it is not there yet; the recipe last: with it the run has begun."""
@@ -148,23 +169,20 @@ class RunFolder:
         with writing(self.events), self.events.open("a", encoding="utf-8") as file:
             file.write(event.to_json() + "\n")
 
-    def _told(self) -> Iterator[Event]:
-        """The events so far, without a line that a kill cut off."""
-        if self.events.exists():
-            for line in self.events.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with suppress(ValueError):
-                    yield from_json(line)
-
     def rewind(self, step: int) -> None:
         """Take back the events behind `step`, which a resumed run makes again, and a line that a kill cut off.
 
-        A run that rolled back made some steps twice; only the last time counts.
+        A run that rolled back made some steps twice; only the last time counts. What is told of restarts stays.
         """
-        events = list(self._told())
+        events, _ = read_events(self.events)
         made = max(
-            (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=0
+            (i for i, event in enumerate(events) if isinstance(event, Stepped) and event.step == step), default=-1
         )
-        kept = [event for i, event in enumerate(events) if i <= made or getattr(event, "step", 0) <= step]
+        kept = [
+            event
+            for i, event in enumerate(events)
+            if i <= made or isinstance(event, Restarted) or getattr(event, "step", 0) <= step
+        ]
         text = "".join(f"{event.to_json()}\n" for event in kept).encode()
         if events and text != self.events.read_bytes():
             atomic_write(self.events, text)
@@ -180,28 +198,42 @@ class RunFolder:
         *,
         keep: int,
         planned: Callable[[int], bool] = lambda step: True,
+        which: Which = "best",
     ) -> Path:
         """Write a checkpoint aside, make it whole, then give it its name; replace the run's adapter; drop old ones.
 
+        The run's adapter is replaced where this step's is the one (`which`); an untrained one, of step 0, never is.
         What an interrupted run saves between the `planned` steps never takes the place of a planned checkpoint, so that
-        the resumed run can roll back to where the uninterrupted one would. An untrained adapter, at step 0, is saved in
-        the checkpoint only. Raises Diverged for a tensor that is not finite, OutOfResources when the disk is full.
+        the resumed run can roll back to where the uninterrupted one would. Raises Diverged for a tensor that is not
+        finite, OutOfResources when the disk is full.
         """
         target = self._folder(progress.step)
         refuse_non_finite(target, {**adapter, **optimizer})
         self._write(target, {WEIGHTS: _bytes(adapter), "state.safetensors": _bytes(optimizer)}, progress)
-        if progress.step:
+        if progress.step and adapter_step(progress, which) == progress.step:
             save_adapter(self.path, adapter, config)
         self.drop_old(keep, planned)
         return target
 
     def drop_old(self, keep: int, planned: Callable[[int], bool]) -> None:
-        """Remove all checkpoints but the newest and the newest planned ones, `keep` of each."""
+        """Remove all checkpoints but the newest and the newest planned ones, `keep` of each, and the best of each.
+
+        The best is kept of every one of them, because the run may go back to it.
+        """
         steps = self.steps()
         kept = {*steps[:keep], *[step for step in steps if planned(step)][:keep]}
+        kept |= {self._best_at(step) for step in kept}
         for step in steps:
             if step not in kept:
                 self._drop(step)
+
+    def _best_at(self, step: int) -> int:
+        """The step of the best evaluation up to this checkpoint; the checkpoint itself where it does not tell."""
+        try:
+            best = _facts(self._folder(step))["progress"]["best_step"]
+        except _DAMAGE:
+            return step
+        return step if best is None else int(best)
 
     def _write(self, target: Path, files: dict[str, bytes], progress: Progress) -> None:
         files = {**files, "manifest.json": _manifest(files, progress)}
@@ -225,17 +257,22 @@ class RunFolder:
             os.replace(self._folder(step), gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def go_back(self, checkpoint: Checkpoint | None, config: Mapping[str, Any]) -> None:
-        """Remove the checkpoints behind this one (all, where it is None), and make its adapter the run's."""
+    def go_back(self, checkpoint: Checkpoint | None, config: Mapping[str, Any], which: Which = "best") -> list[str]:
+        """Remove the checkpoints behind this one (all, where it is None); the run's adapter is what it was then.
+
+        A sentence where the best adapter is lost: the run's is then that of this checkpoint.
+        """
         for step in self.steps():
             if checkpoint is None or step > checkpoint.progress.step:
                 self._drop(step)
-        if checkpoint is not None and checkpoint.progress.step:
-            if not self.has_adapter_of(checkpoint, config):
-                save_adapter(self.path, checkpoint.adapter, config)
-        else:
+        if checkpoint is None or not checkpoint.progress.step:
             for name in (WEIGHTS, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
+            return []
+        chosen, lost = self.chosen(checkpoint, which)
+        if not self.has_adapter_of(chosen, config):
+            save_adapter(self.path, chosen.adapter, config)
+        return lost
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
@@ -245,9 +282,25 @@ class RunFolder:
         for step in filter(among, self.steps()):
             try:
                 return _load(self._folder(step)), refused
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            except _DAMAGE as error:
                 refused.append(f"checkpoint {self._folder(step).name} is damaged and passed over: {_what(error)}")
         return None, refused
+
+    def chosen(self, checkpoint: Checkpoint, which: Which) -> tuple[Checkpoint, list[str]]:
+        """The checkpoint whose adapter was the run's at the state of this one; this one, and a sentence, if it is lost.
+
+        The adapter of the best evaluation lies in its checkpoint, because a later one may be taken back.
+        """
+        step = adapter_step(checkpoint.progress, which)
+        if step == checkpoint.progress.step:
+            return checkpoint, []
+        try:
+            return _load(self._folder(step)), []
+        except _DAMAGE as error:
+            return checkpoint, [
+                f"the adapter of step {step}, the best so far, is lost ({_what(error)}); the run's adapter is that of "
+                f"step {checkpoint.progress.step} until the next evaluation"
+            ]
 
     def has_adapter_of(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> bool:
         """Whether the run's adapter is there and that of the checkpoint, with this `config` where one is given."""
@@ -266,6 +319,11 @@ class RunFolder:
 
     def _folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}"
+
+
+def adapter_step(progress: Progress, which: Which) -> int:
+    """The step whose adapter is the run's: that of the best evaluation, else the newest."""
+    return progress.best_step if which == "best" and progress.best_step is not None else progress.step
 
 
 def _bytes(tensors: Tensors) -> bytes:
@@ -295,12 +353,18 @@ def _what(error: Exception) -> str:
 
 
 def _load(folder: Path) -> Checkpoint:
-    """The checkpoint, of which every bit was hashed. Raises OSError, ValueError and what a broken manifest raises."""
-    facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if facts.pop("manifest_sha256", None) != _sha256(_canonical(facts)):
-        raise ValueError("manifest.json does not match its hash")
+    """The checkpoint, of which every bit was hashed. Raises what _DAMAGE lists."""
+    facts = _facts(folder)
     read = {name: (folder / name).read_bytes() for name in facts["sha256"]}
     for name, data in read.items():
         if _sha256(data) != facts["sha256"][name]:
             raise ValueError(f"{name} does not match its hash")
     return Checkpoint(folder, Progress(**facts["progress"]), load(read[WEIGHTS]), load(read["state.safetensors"]))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which agrees with its own hash. Raises what _DAMAGE lists."""
+    facts: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if facts.pop("manifest_sha256", None) != _sha256(_canonical(facts)):
+        raise ValueError("manifest.json does not match its hash")
+    return facts

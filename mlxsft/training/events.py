@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -50,6 +52,18 @@ class Started(Event):
     ledger: dict[str, int]
     template: str
     time: str
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Restarted(Event):
+    """A training process died of `cause`; another one goes on after `step` steps, the `restart`-th of this command."""
+
+    kind = "restart"
+    step: int
+    cause: str
+    restart: int
+    micro_batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,10 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The loss, in nats a trained token, over all held-out rows (null: not finite); `best`: the lowest so far."""
+    """The loss, in nats a trained token, over all held-out rows (null: not finite).
+
+    `best`: the lowest so far after step 0, which is the model before training.
+    """
 
     kind = "eval"
     step: int
@@ -96,6 +113,17 @@ class Evaluated(Event):
     rows: int
     best: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Overfitted(Event):
+    """Training and validation part: losses of the last evaluations, with the mean of the steps before each."""
+
+    kind = "overfitting"
+    step: int
+    steps: list[int]
+    training_losses: list[float]
+    valid_losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -132,7 +160,9 @@ class RolledBack(Event):
 class Finished(Event):
     """The run is over: `reason` is done, interrupted, or patience.
 
-    `padding_share` (0 to 1) is the share of all tokens computed in training that was padding.
+    `padding_share` (0 to 1) is the share of all tokens computed in training that was padding. `valid_loss_before` is
+    that of step 0; `best_valid_loss`, `best_step` and `evaluations` are of the steps after it. `adapter_step` is the
+    step whose adapter lies in the run folder.
     """
 
     kind = "end"
@@ -146,9 +176,38 @@ class Finished(Event):
     valid_loss: float | None
     best_valid_loss: float | None
     padding_share: float | None = None
+    valid_loss_before: float | None = None
+    best_step: int | None = None
+    evaluations: int = 0
+    evaluations_since_best: int = 0
+    adapter_step: int | None = None
 
 
 KINDS: dict[str, type[Event]] = {c.kind: c for c in Event.__subclasses__()}
+
+
+def read_events(path: Path) -> tuple[list[Event], int]:
+    """The events of an events.jsonl, and how many of its lines are none (a kill or a run at work leaves half a one)."""
+    events: list[Event] = []
+    unread = 0
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                events += [from_json(line)] if line else []
+            except ValueError:
+                unread += 1
+    return events, unread
+
+
+def lasting(events: Sequence[Event]) -> list[Event]:
+    """The events but for what a run took back when it diverged: steps, evaluations and answers behind `to_step`."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, RolledBack):
+            taken = (Stepped, Evaluated, Overfitted, Sampled, Saved)
+            kept = [e for e in kept if not (isinstance(e, taken) and e.step > event.to_step)]
+        kept.append(event)
+    return kept
 
 
 def from_json(line: str) -> Event:

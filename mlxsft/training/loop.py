@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxsft.data.batches import batches, epoch_order
+from mlxsft.data.batches import batches, epoch_order, share
 from mlxsft.errors import Diverged
-from mlxsft.training.checkpoints import Progress
-from mlxsft.training.events import Evaluated, Event, Finished, RolledBack, Sampled, Stepped
+from mlxsft.training.checkpoints import Progress, adapter_step
+from mlxsft.training.events import Evaluated, Event, Finished, Noted, RolledBack, Sampled, Stepped
+from mlxsft.training.ranks import any_of
 from mlxsft.training.schedule import in_steps, learning_rate, loss_limit
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 3
 RATE_FACTOR = 0.5  # of the learning rate, after the run has diverged
+POWER_SECONDS = 0.5  # between two looks at the battery
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Training:
     """One stretch of training: from `progress` to the end of the run, or until `stop()`.
 
     The rows of a step are a pure function of seed and step, so that a resumed run sees what it would have seen.
-    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows.
+    No batch is padded beyond the model's `positions`; `packed` says that this model takes packed rows. While
+    `plugged_in()` is False no step begins.
     """
 
     backend: Backend
@@ -68,12 +71,13 @@ class Training:
     held_out: Sequence[Example]
     progress: Progress
     save: Callable[[Progress], Event]
-    go_back: Callable[[int], Progress | None]  # load the newest planned checkpoint up to a step, drop those behind it
+    go_back: Callable[[int], tuple[Progress | None, list[str]]]  # to the newest planned checkpoint up to a step; notes
     answer: Callable[[str], str]
     stop: Callable[[], bool]
     positions: int | None = None
     packed: bool = False
     saved_at: int | None = None  # the step whose state is on disk
+    plugged_in: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
         self.plan = Plan.of(self.recipe, len(self.rows))
@@ -89,16 +93,17 @@ class Training:
         Raises Diverged, with the last good state on disk, when the run diverges a second time.
         """
         while True:
-            if self._evaluation_is_due() and not self.stop():
+            if self._evaluation_is_due() and not self._stopped():
                 yield from self._evaluate()
+            yield from self._wait_for_power()
             reason = self._ended()
-            if reason or (self.plan.saves(self.progress.step) and not self.progress.skipped_in_a_row):
+            if reason or self._saving_is_due():
                 yield from self._save()
             if reason and (reason := self._ended()):  # unless the state could not be saved, and the run went back
                 break
             yield self._update()
             if (trouble := self._trouble()) is not None:
-                yield self._roll_back(*trouble)
+                yield from self._roll_back(*trouble)
         yield self._finished(reason)
 
     def _ended(self) -> str | None:
@@ -108,7 +113,26 @@ class Training:
         patience = self.recipe.eval.patience
         if patience is not None and self.progress.evaluations_since_best >= patience:
             return "patience"
-        return "interrupted" if self.stop() else None
+        return "interrupted" if self._stopped() else None
+
+    def _stopped(self) -> bool:
+        """Whether any rank was asked to stop; all of them find the same, and at the same place."""
+        return any_of(self.backend.ranks, self.stop())
+
+    def _wait_for_power(self) -> Iterator[Event]:
+        """Nothing while the machine is plugged in; else what was trained is saved, and the next step waits."""
+        if self.progress.step >= self.plan.total_steps:
+            return
+        if not any_of(self.backend.ranks, not (self.stop() or self.plugged_in())):
+            return
+        yield from self._save()
+        yield Noted(f"on battery after step {self.progress.step}: waiting until the machine is plugged in")
+        began = time.perf_counter()
+        while not self.plugged_in() and not self.stop():
+            time.sleep(POWER_SECONDS)
+        self.began += time.perf_counter() - began
+        if not self.stop():
+            yield Noted("plugged in again: going on")
 
     # --- one update ------------------------------------------------------------------------------------------------
 
@@ -124,10 +148,7 @@ class Training:
         train, step = self.recipe.train, self.progress.step + 1
         began = time.perf_counter()
         rows = self._rows_of(step)
-        loss, trained, computed = 0.0, 0, 0
-        for batch in self._batches([self.rows[i] for i in rows]):
-            batch_loss, batch_trained = self.backend.accumulate(batch)
-            loss, trained, computed = loss + batch_loss, trained + batch_trained, computed + batch.tokens.size
+        loss, trained, computed = self._accumulate([self.rows[i] for i in self._share(rows, self.lengths)])
         rate = self.progress.rate_factor * learning_rate(step, self.plan.total_steps, train)
         norm = self.backend.apply(rate, train.clip_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -147,6 +168,17 @@ class Training:
             peak_bytes=self.backend.peak_bytes(),
             skipped=skipped,
         )
+
+    def _accumulate(self, rows: Sequence[Example]) -> tuple[float, int, int]:
+        """Summed loss in nats, trained and computed tokens of an update, of which these rows are this rank's share."""
+        sums = np.zeros(3)
+        for batch in self._batches(rows):
+            sums += [*self.backend.accumulate(batch), batch.tokens.size]
+        loss, trained, computed = self.backend.ranks.sum(sums).tolist()
+        return loss, int(trained), int(computed)
+
+    def _share(self, rows: Sequence[int] | np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return share(rows, lengths, self.backend.ranks.rank, self.backend.ranks.count)
 
     def _batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         budget = self.recipe.train.micro_batch_tokens
@@ -179,10 +211,11 @@ class Training:
             return f"the loss is {self.loss:.4g}, over the limit of {limit:.4g}", self.progress.step - 2
         return None
 
-    def _roll_back(self, reason: str, good: int) -> Event:
+    def _roll_back(self, reason: str, good: int) -> Iterator[Event]:
         """To the last good checkpoint, and on at half the rate. Raises Diverged the second time, or without one."""
         step, again = self.progress.step, self.progress.rate_factor < 1
-        progress = self.go_back(good)
+        progress, notes = self.go_back(good)
+        yield from map(Noted, notes)
         if progress is None:
             raise Diverged(
                 f"step {step}: {reason}, and no checkpoint is known to be good",
@@ -198,7 +231,7 @@ class Training:
             )
         self.progress = replace(progress, rate_factor=RATE_FACTOR)
         self.saved_at = progress.step
-        return RolledBack(step, progress.step, RATE_FACTOR, reason)
+        yield RolledBack(step, progress.step, RATE_FACTOR, reason)
 
     # --- evaluation and saving ---------------------------------------------------------------------------------------
 
@@ -213,7 +246,8 @@ class Training:
                 return  # stopped on the way; the resumed run evaluates
             yield event
         self.progress = replace(self.progress, evaluated_at=step)
-        for prompt in self.recipe.eval.samples:
+        self.saved_at = None  # what an interrupted run saved at this step does not know of the evaluation
+        for prompt in self.recipe.eval.samples if self.backend.ranks.rank == 0 else ():
             if not self.stop():
                 yield Sampled(step, prompt, self.answer(prompt))
         if self.progress.trunk_cached and self.recipe.eval.samples:
@@ -221,29 +255,42 @@ class Training:
 
     def _validated(self, step: int) -> Event | None:
         began = time.perf_counter()
-        judged = validation_loss(self.backend, self._batches(self.held_out), stop=self.stop)
+        lengths = np.array([len(e.tokens) for e in self.held_out])
+        rows = [self.held_out[i] for i in self._share(np.arange(len(lengths)), lengths)]
+        judged = validation_loss(self.backend, self._batches(rows), stop=self.stop)
         if judged is None:
             return None
         loss, tokens = judged
-        best = math.isfinite(loss) and (self.progress.best_valid_loss is None or loss < self.progress.best_valid_loss)
         self.valid_loss = loss if math.isfinite(loss) else None
-        self.progress = replace(
-            self.progress,
-            best_valid_loss=loss if best else self.progress.best_valid_loss,
-            evaluations_since_best=0 if best else self.progress.evaluations_since_best + 1,
-        )
+        before = self.progress
+        best = step > 0 and math.isfinite(loss) and (before.best_valid_loss is None or loss < before.best_valid_loss)
+        if step == 0:
+            self.progress = replace(before, valid_loss_before=self.valid_loss)
+        else:
+            self.progress = replace(
+                before,
+                best_valid_loss=loss if best else before.best_valid_loss,
+                best_step=step if best else before.best_step,
+                evaluations=before.evaluations + 1,
+                evaluations_since_best=0 if best else before.evaluations_since_best + 1,
+            )
         return Evaluated(step, self.valid_loss, tokens, len(self.held_out), best, time.perf_counter() - began)
+
+    def _saving_is_due(self) -> bool:
+        """At the steps of the plan, unless they were skipped; and where an evaluation was the best of the run."""
+        step = self.progress.step
+        best = self.recipe.save.adapter == "best" and self.progress.best_step == step
+        return best or (self.plan.saves(step) and not self.progress.skipped_in_a_row)
 
     def _save(self) -> Iterator[Event]:
         """The state on disk, where it is not yet; a state that is not finite is none, and the run goes back."""
         if self.saved_at == self.progress.step:
             return
         try:
-            event = self.save(self.progress)
+            yield self.save(self.progress)
         except Diverged as error:
-            event = self._roll_back(error.message, self.progress.step - 1)
+            yield from self._roll_back(error.message, self.progress.step - 1)
         self.saved_at = self.progress.step
-        yield event
 
     def _finished(self, reason: str) -> Event:
         return Finished(
@@ -257,20 +304,26 @@ class Training:
             valid_loss=self.valid_loss,
             best_valid_loss=self.progress.best_valid_loss,
             padding_share=1 - self.progress.tokens / computed if (computed := self.progress.computed_tokens) else None,
+            valid_loss_before=self.progress.valid_loss_before,
+            best_step=self.progress.best_step,
+            evaluations=self.progress.evaluations,
+            evaluations_since_best=self.progress.evaluations_since_best,
+            adapter_step=adapter_step(self.progress, self.recipe.save.adapter),
         )
 
 
 def validation_loss(
     backend: Backend, rows: Iterable[Batch], *, stop: Callable[[], bool] = lambda: False
 ) -> tuple[float, int] | None:
-    """The loss in nats a trained token over all rows, each once; and how many trained tokens they have.
+    """The loss in nats a trained token over the rows of all ranks, each once; and how many trained tokens they have.
 
-    None when `stop()` says so before all rows are judged.
+    None when `stop()` says so, on any rank, before all rows are judged.
     """
-    total, tokens = 0.0, 0
+    sums = np.zeros(3)  # nats, trained tokens, ranks that stopped
     for batch in rows:
         if stop():
-            return None
-        total += float(backend.losses(batch).sum(dtype=np.float64))
-        tokens += int(batch.mask.sum())
-    return total / tokens, tokens
+            sums[2] = 1
+            break
+        sums[:2] += [backend.losses(batch).sum(dtype=np.float64), batch.mask.sum()]
+    nats, tokens, stopped = backend.ranks.sum(sums).tolist()
+    return None if stopped else (nats / tokens, int(tokens))

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -20,6 +21,8 @@ from mlxsft.training.events import (
     Finished,
     LeftOutRows,
     Noted,
+    Overfitted,
+    Restarted,
     RolledBack,
     Sampled,
     Saved,
@@ -214,6 +217,7 @@ def start_lines(event: Started) -> list[str]:
         f"adapter   {event.trainable_parameters:,} trainable parameters ({share:.2%})",
         f"rows      {event.ledger['read']:,} read = {rows}",
         f"run       {steps}, {event.backend} on {event.device}"
+        + (f", {event.ranks} ranks" if event.ranks > 1 else "")
         + (f", going on after step {event.step}" if event.step else ""),
     ]
 
@@ -223,6 +227,8 @@ def event_line(event: Event) -> str:
     match event:
         case Noted():
             return f"note      {event.message}"
+        case Restarted():
+            return f"restart   {event.restart}: {restart_sentence(event)}"
         case LeftOutRows():
             more = f"\n          … and {len(event.rows) - 3} more, all in events.jsonl" * (len(event.rows) > 3)
             return "left out  " + "\n          ".join(printable(row) for row in event.rows[:3]) + more
@@ -230,37 +236,82 @@ def event_line(event: Event) -> str:
             loss = "not finite" if event.loss is None else f"{event.loss:.4f}{' (best)' * event.best}"
             return f"step {event.step}  validation loss {loss} over {event.rows} rows, {event.tokens:,} tokens"
         case Sampled():
-            answer = event.answer if len(event.answer) <= _SAMPLE_WIDTH else f"{event.answer[:_SAMPLE_WIDTH]}…"
-            return f"step {event.step}  {printable(repr(event.prompt))} → {printable(repr(answer))}"
+            return sample_lines(event)
+        case Overfitted():
+            return f"note      {overfitting_sentence(event)}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case TrunkCached(done=1.0):
             kept = f"{size(event.bytes)} {'in memory' if event.place == 'memory' else 'on disk'}"
             return f"trunk     the outputs of the lower {event.layers} layers are kept for all epochs, {kept}"
         case RolledBack():
-            return (
-                f"step {event.step}  {event.reason}: back to step {event.to_step}, "
-                f"and on at {event.rate_factor:g} of the learning rate"
-            )
+            return f"step {event.step}  {rolled_back_sentence(event)}"
         case Finished():
             return finish_line(event)
     return ""
 
 
+def sample_lines(event: Sampled) -> str:
+    """Prompt and answer with their line breaks, each cut to what a glance takes in."""
+    prompt, answer = (_glance(text).replace("\n", "\n" + " " * 12) for text in (event.prompt, event.answer))
+    return f"sample    step {event.step}: {prompt}\n          → {answer}"
+
+
+def _glance(text: str) -> str:
+    """The beginning of a text without its empty lines."""
+    cut = text if len(text) <= _SAMPLE_WIDTH else f"{text[:_SAMPLE_WIDTH]}…"
+    return "\n".join(line for line in printable(cut).split("\n") if line.strip()) or "(nothing)"
+
+
+def overfitting_sentence(event: Overfitted) -> str:
+    training, valid = (" → ".join(f"{loss:.3f}" for loss in x) for x in (event.training_losses, event.valid_losses))
+    return (
+        f"overfitting: since step {event.steps[0]} the training loss falls ({training}) and the validation loss rises "
+        f"({valid}). Fewer epochs, more rows, a lower learning rate or rank help; eval.patience stops such a run."
+    )
+
+
+def restart_sentence(event: Restarted) -> str:
+    return (
+        f"going on after step {event.step}, {event.micro_batch_tokens} tokens computed at once, because {event.cause}"
+    )
+
+
+def rolled_back_sentence(event: RolledBack) -> str:
+    return f"{event.reason}: back to step {event.to_step}, and on at {event.rate_factor:g} of the learning rate"
+
+
 def finish_line(event: Finished) -> str:
-    how = {"done": "Done", "interrupted": "Interrupted", "patience": "Stopped early, validation no longer improves"}
+    """How the run ended, with which losses, and whose adapter is in the run folder."""
+    how = {
+        "done": "Done",
+        "interrupted": "Interrupted",
+        "patience": f"Stopped early, {event.evaluations_since_best} evaluations without improvement,",
+    }
     parts = [f"{how[event.reason]} after {event.step} of {event.total_steps} steps in {duration(event.seconds)}"]
     if event.loss is not None:
         parts.append(f"loss {event.loss:.4f}")
     if event.valid_loss is not None:
         parts.append(f"validation {event.valid_loss:.4f}")
     if event.best_valid_loss is not None:
-        parts.append(f"best {event.best_valid_loss:.4f}")
+        step = "" if event.best_step is None else f" at step {event.best_step}"
+        parts.append(f"best {event.best_valid_loss:.4f}{step}")
+    if event.valid_loss_before is not None:
+        parts.append(f"before training {event.valid_loss_before:.4f}")
     if event.padding_share is not None:
         parts.append(f"{event.padding_share:.1%} of the computed tokens were padding")
     if event.skipped_steps:
         parts.append(f"{event.skipped_steps} steps skipped because they were not finite")
-    return ", ".join(parts) + "."
+    return ", ".join(parts) + "." + "".join(f"\n{sentence}" for sentence in _adapter_sentences(event))
+
+
+def _adapter_sentences(event: Finished) -> Iterator[str]:
+    if event.evaluations and event.adapter_step is not None:
+        which = f"the best of {event.evaluations} evaluations" if event.adapter_step == event.best_step else "the last"
+        yield f"The adapter is that of step {event.adapter_step}, {which}."
+    before, best = event.valid_loss_before, event.best_valid_loss
+    if before is not None and best is not None and best >= before:
+        yield "No evaluation was better than the model before training: look at the rows and the learning rate."
 
 
 def loss_text(event: Stepped) -> str:
@@ -273,4 +324,4 @@ def duration(seconds: float) -> str:
 
 def size(n: int) -> str:
     """Bytes as people read them."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"

@@ -20,6 +20,7 @@ FREE = {
     "eval.samples",
     "save.every",
     "save.keep",
+    "save.adapter",
     "report",
 }
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mlxsft import __version__
-from mlxsft.backends import Backend, load_backend
+from mlxsft.backends import Backend, join_ranks, load_backend
 from mlxsft.chat.generate import Sampling, answer_text
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.formats import Turn
@@ -19,13 +22,17 @@ from mlxsft.data.hub import address_of
 from mlxsft.data.render import Example, Renderer, load_renderer
 from mlxsft.data.sources import pin_recipe
 from mlxsft.errors import InputRefused, UsageError
+from mlxsft.models.adapter import refuse_non_finite
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
-from mlxsft.training.events import Event, LeftOutRows, Noted, Saved, Started
+from mlxsft.training.events import Event, Finished, LeftOutRows, Noted, Restarted, Saved, Started, read_events
 from mlxsft.training.loop import Plan, Training
+from mlxsft.training.overfitting import Overfitting
 from mlxsft.training.packing import packs
+from mlxsft.training.ranks import any_of, put_back, refuse_another_run, said_by_first
 from mlxsft.training.resume import check_same, versions_changed
+from mlxsft.training.trackers import Trackers, refuse_missing
 from mlxsft.training.trunk import TrunkCache
 
 SAMPLE_TOKENS = 128  # of an answer to a prompt of eval.samples
@@ -41,46 +48,51 @@ def run_training(
     stop: Callable[[], bool],
     tell: Callable[[str], None],
     allow_changes: Sequence[str] = (),
+    restarted: Restarted | None = None,
+    plugged_in: Callable[[], bool] = lambda: True,
 ) -> Iterator[Event]:
     """Everything that `mlxsft train` does, as events; the same events are in the folder's events.jsonl.
 
     An earlier run is deleted only when all that the new one needs is read and in memory. `tell` hears of downloads.
-    Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is resumed is
-    not what was begun, but for `allow_changes`; else what reading, loading and training raise.
+    `restarted` says why this process takes over a run (the step is filled in); no step begins while `plugged_in()` is
+    False. Raises UsageError where the folder holds a run and neither `resume` nor `force` is given, or when what is
+    resumed is not what was begun, but for `allow_changes`; else what reading, loading and training raise.
     """
-    with folder.held():
-        _check_begun(folder, resume=resume, force=force)
-        if resume and recipe.revision is None:  # the branch may have moved since
-            recipe = recipe.model_copy(update={"revision": folder.read_lock()["base"].get("commit")})
-        source = open_model(recipe.model, revision=recipe.revision, progress=tell)
-        recipe = recipe.model_copy(update={"revision": source.commit or recipe.revision})
-        known = folder.read_lock().get("hub", {}) if resume else {}
-        data, commits = pin_recipe(recipe.data, known, tell)
-        recipe = recipe.model_copy(update={"data": data})
+    ranks = join_ranks()
+    first = ranks.rank == 0  # which alone reads and writes the folder
+    if first:
+        refuse_missing(recipe.report)
+    with folder.held() if first else nullcontext():
+        if first:
+            _check_begun(folder, resume=resume, force=force)
+        before = said_by_first(ranks, folder.read_lock() if first and resume else {})
+        source, recipe, commits = _pinned(recipe, before, tell)
         renderer = load_renderer(source, recipe.data.template)
         dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
         lock = _lock(recipe, source, renderer, commits)
-        checkpoint = None
-        if resume:
+        refuse_another_run(ranks, recipe, lock)
+        checkpoint, ended = None, None
+        if first and resume:
             checkpoint, notes = _resumed(folder, recipe, lock, allow_changes)
-            if (said := _already_ended(folder, recipe, dataset, checkpoint)) is not None:
-                yield from map(Noted, [*notes, said])
-                return
             dataset.notes.extend(notes)
+            if (ended := _already_ended(folder, recipe, dataset, checkpoint)) is not None:
+                yield from map(Noted, [*notes, ended])
+        if any_of(ranks, ended is not None):
+            return
         backend = load_backend(backend_name, source)
+        backend.ranks = ranks
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)
         packed, note = packs(backend, recipe.train, dataset.train, renderer.positions)
         dataset.notes.extend(note)
-        if resume:
-            folder.rewind(checkpoint.progress.step if checkpoint else 0)
-        else:
-            folder.clear()
-        folder.write_start(dump_recipe(recipe), lock)
-        ready = Ready(recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed)
-        for event in ready.events():
-            folder.append(event)
-            yield event
+        if first:
+            folder.rewind(checkpoint.progress.step if checkpoint else -1) if resume else folder.clear()
+            if restarted is None:  # which computes less at once than the person asked for
+                folder.write_start(dump_recipe(recipe), lock)
+        ready = Ready(
+            recipe, folder, source, renderer, dataset, backend, checkpoint, lock, stop, packed, restarted, plugged_in
+        )
+        yield from _watched(ready.events(), folder, recipe) if first else ready.events()
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,18 @@ class Ready:
     lock: Mapping[str, Any]
     stop: Callable[[], bool]
     packed: bool
+    restarted: Restarted | None
+    plugged_in: Callable[[], bool]
 
     def events(self) -> Iterator[Event]:
-        progress = self._load(self.checkpoint)
-        self.folder.drop_old(self.recipe.save.keep, self._planned)
+        loaded, lost = self._load(self.checkpoint)
+        progress = loaded or Progress()
+        if self.backend.ranks.rank == 0:
+            self.folder.drop_old(self.recipe.save.keep, self._planned)
+        if self.restarted is not None:
+            yield replace(self.restarted, step=progress.step)
         yield self._started(progress)
-        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes]:
+        for note in [*self.renderer.notes, *self.dataset.notes, *self.backend.notes, *lost]:
             yield Noted(note)
         if self.dataset.left_out:
             yield LeftOutRows([str(row) for row in self.dataset.left_out])
@@ -110,15 +128,18 @@ class Ready:
         plan = Plan.of(self.recipe, len(self.dataset.train))
         repeated = plan.total_steps > plan.steps_per_epoch
         yield from cache.fill([self.dataset.train, self.dataset.valid], repeated=repeated, stop=self.stop)
-        yield from self._training(replace(progress, trunk_cached=cache.decided), *cache.rows).events()
+        progress = replace(progress, trunk_cached=cache.decided)
+        yield from self._training(progress, *cache.rows, saved=loaded is not None).events()
 
     def _trunk_cache(self, decided: bool | None) -> TrunkCache:
         train, positions = self.recipe.train, self.renderer.positions
-        return TrunkCache(
-            self.backend, train.cache_trunk, self.folder.path, train.micro_batch_tokens, positions, decided
-        )
+        here = self.folder.path.exists()  # other hosts do not have it
+        folder = self.folder.path if here else Path(tempfile.gettempdir())
+        return TrunkCache(self.backend, train.cache_trunk, folder, train.micro_batch_tokens, positions, decided)
 
-    def _training(self, progress: Progress, rows: Sequence[Example], held_out: Sequence[Example]) -> Training:
+    def _training(
+        self, progress: Progress, rows: Sequence[Example], held_out: Sequence[Example], *, saved: bool
+    ) -> Training:
         return Training(
             self.backend,
             self.recipe,
@@ -131,33 +152,50 @@ class Ready:
             stop=self.stop,
             positions=self.renderer.positions,
             packed=self.packed,
-            saved_at=progress.step if self.checkpoint else None,
+            saved_at=progress.step if saved else None,
+            plugged_in=self.plugged_in,
         )
 
     def _save(self, progress: Progress) -> Event:
         state, optimizer = self.backend.adapter_state(), self.backend.optimizer_state()
-        keep = self.recipe.save.keep
-        path = self.folder.save(state, self._config(), optimizer, progress, keep=keep, planned=self._planned)
+        if self.backend.ranks.rank > 0:  # rank 0 has the same state and writes it
+            refuse_non_finite(self.folder.path, {**state, **optimizer})
+            return Saved(progress.step, "")
+        save = self.recipe.save
+        path = self.folder.save(
+            state, self._config(), optimizer, progress, keep=save.keep, planned=self._planned, which=save.adapter
+        )
         return Saved(progress.step, str(path))
 
     def _planned(self, step: int) -> bool:
         """Whether the uninterrupted run saves after this step."""
         return Plan.of(self.recipe, len(self.dataset.train)).saves(step)
 
-    def _load(self, checkpoint: Checkpoint | None) -> Progress:
-        """Model and run folder at a checkpoint, or at the start, and nothing behind it."""
-        if checkpoint is not None:
-            self.backend.load_adapter_state(checkpoint.adapter)
-            self.backend.load_optimizer_state(checkpoint.optimizer)
-        self.folder.go_back(checkpoint, self._config())
-        return Progress() if checkpoint is None else checkpoint.progress
+    def _load(self, checkpoint: Checkpoint | None) -> tuple[Progress | None, list[str]]:
+        """Models and run folder at rank 0's checkpoint, or at the start, and nothing behind it.
 
-    def _go_back(self, step: int) -> Progress | None:
+        How far the run is (None: there is no checkpoint), and what the person should know.
+        """
+        ranks, lost = self.backend.ranks, list[str]()
+        progress = put_back(self.backend, checkpoint)
+        if ranks.rank == 0:
+            lost = self.folder.go_back(checkpoint, self._config(), self.recipe.save.adapter)
+        if any_of(ranks, bool(lost)) and progress is not None:
+            progress = replace(progress, best_valid_loss=None, best_step=None)
+        return progress, lost
+
+    def _go_back(self, step: int) -> tuple[Progress | None, list[str]]:
         """Load the newest checkpoint up to `step`, a planned one if there is any, and drop those behind it."""
-        checkpoint, _ = self.folder.newest(lambda s: s <= step and self._planned(s))
-        if checkpoint is None:
-            checkpoint, _ = self.folder.newest(lambda s: s <= step)
-        return None if checkpoint is None else self._load(checkpoint)
+        checkpoint: Checkpoint | None = None
+        damaged: list[str] = []
+        if self.backend.ranks.rank == 0:
+            checkpoint, damaged = self.folder.newest(lambda s: s <= step and self._planned(s))
+            if checkpoint is None:
+                checkpoint, damaged = self.folder.newest(lambda s: s <= step)
+        if not any_of(self.backend.ranks, checkpoint is not None):
+            return None, damaged
+        progress, lost = self._load(checkpoint)
+        return progress, [*damaged, *lost]
 
     def _config(self) -> dict[str, Any]:
         """What adapter_config.json says."""
@@ -174,6 +212,7 @@ class Ready:
             model=self.source.name,
             backend=self.backend.name,
             device=self.backend.device,
+            ranks=self.backend.ranks.count,
             step=progress.step,
             total_steps=plan.total_steps,
             epochs=plan.total_steps / plan.steps_per_epoch,
@@ -183,6 +222,33 @@ class Ready:
             template=self.renderer.template.name,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _watched(events: Iterable[Event], folder: RunFolder, recipe: Recipe) -> Iterator[Event]:
+    """The events, written down, with what is to be said about them; events before a resume are seen first."""
+    overfitting = Overfitting()
+    past, _ = read_events(folder.events)
+    for event in past:
+        overfitting.see(event)
+    with Trackers(recipe.report, folder.path, recipe.model_dump(mode="json"), past) as trackers:
+        for event in events:
+            before = trackers.close(event.reason) if isinstance(event, Finished) else ()  # the end stays the last event
+            for told in chain(before, [event], overfitting.see(event), trackers.see(event)):
+                folder.append(told)
+                yield told
+
+
+def _pinned(
+    recipe: Recipe, before: Mapping[str, Any], tell: Callable[[str], None]
+) -> tuple[ModelSource, Recipe, dict[str, str]]:
+    """Base and recipe, with the commits that they stand for: those of the lock before, since a branch may have moved.
+
+    The commits of the data sets come by the addresses that were written.
+    """
+    revision = recipe.revision or before.get("base", {}).get("commit")
+    source = open_model(recipe.model, revision=revision, progress=tell)
+    data, commits = pin_recipe(recipe.data, before.get("hub", {}), tell)
+    return source, recipe.model_copy(update={"revision": source.commit or revision, "data": data}), commits
 
 
 def _check_begun(folder: RunFolder, *, resume: bool, force: bool) -> None:
@@ -219,7 +285,8 @@ def _already_ended(folder: RunFolder, recipe: Recipe, dataset: Dataset, checkpoi
     patience, waited = recipe.eval.patience, checkpoint.progress.evaluations_since_best
     if state.step < total and (patience is None or waited < patience):
         return None
-    if not folder.has_adapter_of(checkpoint):
+    chosen, lost = folder.chosen(checkpoint, recipe.save.adapter)
+    if lost or not folder.has_adapter_of(chosen):
         return None
     return (
         f"this run is finished, after {state.step} of {total} steps; to train on, raise its length with "

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mlxsft.data.batches import Batch, micro_batches, stack
 from mlxsft.training.events import Event, Noted, TrunkCached
+from mlxsft.training.ranks import any_of
 
 if TYPE_CHECKING:
     from mlxsft.backends import Backend
@@ -51,12 +52,18 @@ class TrunkCache:
     def fill(self, sets: Sequence[Sequence[Example]], *, repeated: bool, stop: Callable[[], bool]) -> Iterator[Event]:
         """Compute what the trunk gives for every row of the sets (training rows, held-out rows).
 
-        `repeated`: the training rows are used more than once. After `stop()` nothing is cached.
+        `repeated`: the training rows are used more than once. After `stop()` nothing is cached. Every rank keeps all
+        rows, because it gets others of them in every epoch; where one cannot, none does.
         """
         self.rows = [list(rows) for rows in sets]
         everything = [row for rows in sets for row in rows]
         if everything and self._wanted(repeated):
             yield from self._fill(everything, stop)
+        if any_of(self.backend.ranks, not self.used) and self.used:
+            self.used, self.rows = False, [list(rows) for rows in sets]
+            yield Noted(
+                "train.cache_trunk: the lower layers are computed in every epoch: another rank cannot keep them"
+            )
         if not stop():
             self.decided = self.used
 
@@ -90,7 +97,7 @@ class TrunkCache:
         """Keep the trunk's outputs of all rows; why that cannot be, or nothing."""
         ends = np.cumsum([len(row.tokens) for row in rows])
         needed = int(ends[-1]) * outputs.shape[-1] * outputs.itemsize
-        place = self._place(needed)
+        place = self._place(needed * self.backend.ranks.count)  # which may all be on this machine
         if place is None:
             return f"their activations take {needed / 2**30:.1f} GiB, more than there is room for"
         store = _new_store((int(ends[-1]), outputs.shape[-1]), outputs.dtype, place, self.folder)

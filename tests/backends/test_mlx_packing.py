@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +22,17 @@ from transformers import (
 
 from mlxsft.backends.mlx import BLAS_HINT, MlxBackend, mx
 from mlxsft.backends.mlx_packing import Isolated
-from mlxsft.cli import call
 from mlxsft.data.batches import Batch, batches, epoch_order, pack, stack
 from mlxsft.data.render import Example
 from mlxsft.data.rows import Origin
 from mlxsft.models.source import open_model
 from mlxsft.recipe import AdapterRecipe, TrainRecipe
+from mlxsft.training.events import from_json
 from mlxsft.training.packing import packs
+from mlxsft.training.report import event_line
 from tests.backends.conftest import learned_adapter
 from tests.tiny import write_llama, write_tokenizer
-from tests.training.test_run import events, same_adapter, write_recipe
+from tests.training.test_run import events, same_adapter, train, write_recipe
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -224,8 +226,8 @@ def test_updates_of_one_row_have_nothing_to_pack(checkpoint: Callable[[str], Pat
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Path, out: Path, batching: str, *more: str) -> Path:
-    assert call(["train", str(recipe), "--out", str(out), "--set", f"train.batching={batching}", *more]) == 0
+def run(recipe: Path, out: Path, batching: str, *, resume: bool = False) -> Path:
+    assert train(recipe, out, f"train.batching={batching}", resume=resume) == 0
     return out
 
 
@@ -247,19 +249,18 @@ def test_a_packed_run_is_the_padded_run(tmp_path: Path, tiny_llama: Path) -> Non
     assert [e for e in events(packed, "note") if e["message"] != BLAS_HINT] == []
 
 
-def test_a_packed_run_repeats_and_resumes_bit_for_bit(
-    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_packed_run_repeats_and_resumes_bit_for_bit(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)  # with dropout
     straight, again = run(recipe, tmp_path / "straight", "packed"), run(recipe, tmp_path / "again", "packed")
     assert same_adapter(straight, again)
     (again / "checkpoints" / "step-0000006" / "state.safetensors").write_bytes(b"")  # step 4 is the newest whole one
-    run(recipe, again, "packed", "--resume")
+    run(recipe, again, "packed", resume=True)
     assert [e["step"] for e in events(again, "start")] == [0, 4]
     assert same_adapter(straight, again)
     ends = [events(folder, "end")[-1]["padding_share"] for folder in (straight, again)]
     assert ends[0] == ends[1]
-    assert "of the computed tokens were padding" in capsys.readouterr().err
+    said = event_line(from_json(json.dumps(events(again, "end")[-1])))
+    assert f"{ends[0]:.1%} of the computed tokens were padding" in said
 
 
 def test_a_run_that_cannot_pack_says_so_and_is_the_padded_run(

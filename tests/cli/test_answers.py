@@ -20,7 +20,7 @@ from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.models.source import open_model
 from tests.tiny import write_llama
-from tests.training.test_run import PAIRS, write_recipe
+from tests.training.test_run import PAIRS, train, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         folder, model, adapter={"rank": 32, "alpha": 128, "targets": everything},
         train={"epochs": 120, "batch_size": 4, "learning_rate": 0.005}, save__every=1.0,
     )  # fmt: skip
-    assert call(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    assert train(recipe, folder / "run") == 0
     return model, folder / "run"
 
 
@@ -242,7 +242,7 @@ def test_mlx_lms_own_generate_loads_the_adapter_and_writes_the_same(
 def test_the_template_of_training_is_the_template_of_chat(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "m", chat_template=None, eos="<|endoftext|>")
     recipe = write_recipe(tmp_path, model, data__template="alpaca", train__steps=1)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     from mlxsft.chat.load import load_for_chat
 
     _, renderer = load_for_chat(str(model), tmp_path / "run", revision=None, template=None, backend_name="mlx")

@@ -12,17 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlxsft.errors import Diverged, OutOfResources, UsageError
-from mlxsft.training.checkpoints import Progress, RunFolder
+from mlxsft.training.checkpoints import Progress, RunFolder, Which
 from mlxsft.training.events import Noted, RolledBack, Saved, Stepped, from_json
 
 CONFIG = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 1, "scale": 1.0, "dropout": 0.0}}
 
 
 def save(folder: RunFolder, step: int, value: float, keep: int = 2, **planned: Callable[[int], bool]) -> Path:
-    tensors = {"a.lora_a": np.full((2, 3), value, np.float32)}
-    return folder.save(tensors, CONFIG, {"m": np.array([value], np.float32)}, Progress(step=step), keep=keep, **planned)
+    state = {"m": np.array([value], np.float32)}
+    return folder.save(tensors(value), CONFIG, state, Progress(step=step), keep=keep, **planned)
+
+
+def tensors(value: float) -> dict[str, np.ndarray]:
+    return {"a.lora_a": np.full((2, 3), value, np.float32)}
 
 
 def test_the_newest_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
@@ -42,6 +47,55 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(folder, step, step / 8)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-0000004", "step-0000005"]
+
+
+def test_the_best_is_the_runs_adapter_and_its_checkpoint_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in range(1, 6):
+        best = min(step, 2)
+        folder.save(tensors(step), CONFIG, {}, Progress(step=step, best_step=best), keep=1)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-0000002", "step-0000005"]
+    assert load_file(tmp_path / "adapters.safetensors")["a.lora_a"].tolist() == [[2.0] * 3] * 2
+    checkpoint, _ = folder.newest()
+    assert checkpoint is not None
+    assert checkpoint.progress.step == 5
+
+
+def back(folder: RunFolder, step: int, which: Which = "best") -> tuple[Progress, list[str], float]:
+    """Go back to a step: how far the run is then, what is said, and the value of the run's adapter."""
+    checkpoint, _ = folder.newest(lambda s: s <= step)
+    progress, lost = folder.go_back(checkpoint, CONFIG, which)
+    return progress, lost, float(load_file(folder.path / "adapters.safetensors")["a.lora_a"][0, 0])
+
+
+def test_going_back_takes_the_best_adapter_back_too(tmp_path: Path) -> None:
+    """The best of a kept checkpoint stays, though a newer one is better: the run may go back behind that one."""
+    folder = RunFolder(tmp_path)
+    for step, best in {1: None, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5}.items():
+        folder.save(tensors(step), CONFIG, {}, Progress(step=step, best_step=best), keep=3)
+    assert folder.steps() == [6, 5, 4, 2]
+    assert back(folder, 6) == (Progress(step=6, best_step=5), [], 5.0)
+    assert back(folder, 4) == (Progress(step=4, best_step=2), [], 2.0)
+    assert back(folder, 4, "last") == (Progress(step=4, best_step=2), [], 4.0)
+    assert folder.steps() == [4, 2]
+
+
+def test_a_best_adapter_that_is_lost_is_said_and_no_longer_the_best(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        folder.save(tensors(step), CONFIG, {}, Progress(step=step, best_step=1, best_valid_loss=0.5), keep=1)
+    (folder.checkpoints / "step-0000001" / "adapters.safetensors").write_bytes(b"?")
+    progress, (told,), value = back(folder, 2)
+    assert (progress, value) == (Progress(step=2), 2.0)
+    assert "the adapter of step 1, the best so far, is lost" in told
+
+
+def test_a_folder_is_busy_while_a_run_holds_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.busy
+    with folder.held():
+        assert RunFolder(tmp_path / "run").busy
+    assert not folder.busy
 
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "state.safetensors", "manifest.json"])

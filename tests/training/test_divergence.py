@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlxsft.cli import call
 from mlxsft.recipe import load_recipe
 from mlxsft.recipe_training import TrainRecipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.run import run_training
 from mlxsft.training.schedule import loss_limit
-from tests.training.test_run import events, same_adapter, write_recipe, write_rows
+from tests.training.test_run import events, same_adapter, train, write_recipe, write_rows
 
 OVERFLOW = {
     "train__learning_rate": 1.25e18, "train__schedule": "constant", "train__warmup": 0, "train__steps": 12,
@@ -32,7 +31,7 @@ def test_three_steps_that_are_not_finite_roll_back_once_and_then_end_the_run(
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__learning_rate=1e30, train__warmup=0, train__steps=40)
     run = tmp_path / "run"
-    assert call(["train", str(recipe), "--out", str(run)]) == 5
+    assert train(recipe, run) == 5
     told = [(e["event"], e["step"]) for e in events(run) if e["event"] in ("step", "rolled_back")]
     steps = [("step", step) for step in (1, 2, 3, 4)]
     assert told == [*steps, ("rolled_back", 4), *steps]
@@ -43,8 +42,7 @@ def test_three_steps_that_are_not_finite_roll_back_once_and_then_end_the_run(
     assert all_saved_is_finite(run)
     assert "--allow-change learning_rate" in capsys.readouterr().err
 
-    lower = ["--resume", "--set", "train.learning_rate=0.01", "--allow-change", "learning_rate"]
-    assert call(["train", str(recipe), "--out", str(run), *lower]) == 0
+    assert train(recipe, run, "train.learning_rate=0.01", resume=True, allow_changes=["learning_rate"]) == 0
     assert events(run, "step")[-1]["step"] == 40
     assert events(run, "step")[0]["learning_rate"] == 0.01  # the rate that was asked for, not half of it
 
@@ -52,7 +50,7 @@ def test_three_steps_that_are_not_finite_roll_back_once_and_then_end_the_run(
 def test_a_run_that_goes_back_can_end_well(tmp_path: Path, tiny_llama: Path) -> None:
     """At this rate the squares of the activations overflow after some steps, at half of it they do not."""
     run = tmp_path / "run"
-    assert call(["train", str(write_recipe(tmp_path, tiny_llama, **OVERFLOW)), "--out", str(run)]) == 0
+    assert train(write_recipe(tmp_path, tiny_llama, **OVERFLOW), run) == 0
     (back,) = events(run, "rolled_back")
     assert back["to_step"] == 0
     assert "not finite 3 times in a row" in back["reason"]
@@ -62,13 +60,14 @@ def test_a_run_that_goes_back_can_end_well(tmp_path: Path, tiny_llama: Path) -> 
     assert all_saved_is_finite(run)
 
 
+@pytest.mark.parametrize("judged", [{}, {"data__valid": 0.3, "eval__every": 2}])
 @pytest.mark.parametrize("stops", [[3], [4, 9], [8, 11], [7, 10, 14, 17]])
 def test_a_run_that_goes_back_and_is_stopped_on_the_way_ends_with_the_same_bits(
-    tmp_path: Path, tiny_llama: Path, stops: list[int]
+    tmp_path: Path, tiny_llama: Path, stops: list[int], judged: dict[str, float]
 ) -> None:
-    """Also where the stop saved a state between the planned ones, nearer to the divergence."""
-    recipe = write_recipe(tmp_path, tiny_llama, **OVERFLOW)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    """Also where the stop, or the best evaluation, saved a state between the planned ones, nearer to the divergence."""
+    recipe = write_recipe(tmp_path, tiny_llama, **OVERFLOW, **judged)
+    assert train(recipe, tmp_path / "straight") == 0
     run, made = tmp_path / "run", 0
     for stop in [*stops, 100]:
         begun = run.exists()
@@ -109,15 +108,15 @@ def test_a_loss_over_the_limit_goes_back_to_the_state_before_and_the_second_one_
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     recipe = odd_one_out(tmp_path, tiny_llama)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert train(recipe, tmp_path / "straight") == 0
     losses = {s["step"]: s["loss"] for s in events(tmp_path / "straight", "step")}
     odd = max(range(9, 17), key=losses.__getitem__)  # in the second epoch
     limit = (losses[odd] + max(losses[s] for s in range(9, 17) if s != odd)) / 2
 
     run = tmp_path / "run"
-    assert call(["train", str(recipe), "--out", str(run), "--set", "train.steps=8"]) == 0
-    changed = ["--set", f"train.loss_limit={limit}", "--allow-change", "loss_limit", "--allow-change", "steps"]
-    assert call(["train", str(recipe), "--out", str(run), "--resume", *changed]) == 5
+    assert train(recipe, run, "train.steps=8") == 0
+    allowed = ["loss_limit", "steps"]
+    assert train(recipe, run, f"train.loss_limit={limit}", resume=True, allow_changes=allowed) == 5
     (back,) = events(run, "rolled_back")
     assert (back["step"], back["to_step"]) == (odd, odd - 2)  # the state of the step before gave the loss
     assert events(run, "step")[-1]["step"] == odd
@@ -134,7 +133,7 @@ def test_a_base_whose_weights_overflow_ends_the_run_before_it_is_trained(
     tensors = load_file(base / "model.safetensors")
     save_file({name: t * np.float32(1e20) for name, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
     run = tmp_path / "run"
-    assert call(["train", str(write_recipe(tmp_path, base)), "--out", str(run)]) == 5
+    assert train(write_recipe(tmp_path, base), run) == 5
     assert [s["skipped"] for s in events(run, "step")] == [True] * 3
     assert not events(run, "rolled_back")  # half the rate would change nothing
     assert "before it is trained" in capsys.readouterr().err

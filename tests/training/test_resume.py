@@ -17,7 +17,7 @@ from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.run import run_training
 from tests.tiny import CHATML, write_llama
-from tests.training.test_run import PAIRS, events, same_adapter, write_recipe, write_rows
+from tests.training.test_run import PAIRS, events, same_adapter, train, write_recipe, write_rows
 
 
 def train_until(recipe: Path, run: Path, step: int) -> None:
@@ -40,7 +40,10 @@ def stopped(tmp_path: Path, tiny_llama: Path) -> Path:
 
 
 def resume(run: Path, *more: str) -> int:
-    return call(["train", str(run.parent / "recipe.yaml"), "--out", str(run), "--resume", *more])
+    given = list(zip(more[::2], more[1::2], strict=True))
+    overrides = [value for option, value in given if option == "--set"]
+    allowed = [value for option, value in given if option == "--allow-change"]
+    return train(run.parent / "recipe.yaml", run, *overrides, resume=True, allow_changes=allowed)
 
 
 # --- refused with the difference, or allowed by name -----------------------------------------------------------------
@@ -66,7 +69,7 @@ def test_a_change_is_refused_with_the_difference_until_it_is_named(
     ]
     resolved = yaml.safe_load((stopped / "recipe.yaml").read_text())
     assert (resolved["train"]["learning_rate"], resolved["train"]["warmup"]) == (0.001, 0)
-    assert call(["train", str(stopped / "recipe.yaml"), "--out", str(stopped), "--resume"]) == 0
+    assert train(stopped / "recipe.yaml", stopped, resume=True) == 0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_what_never_changes_the_result_needs_no_name_and_is_said(stopped: Path, 
 
 def test_saving_at_other_steps_leaves_the_same_bits(stopped: Path, tmp_path: Path) -> None:
     assert resume(stopped, "--set", "save.every=1") == 0
-    assert call(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "straight")]) == 0
+    assert train(tmp_path / "recipe.yaml", tmp_path / "straight") == 0
     assert same_adapter(stopped, tmp_path / "straight")
 
 
@@ -139,7 +142,7 @@ def test_rows_and_base_that_moved_are_the_same(stopped: Path, tmp_path: Path, ti
     shutil.copytree(tiny_llama, moved / "model")
     rows = shutil.copy(tmp_path / "rows.jsonl", moved / "my.jsonl")
     assert resume(stopped, "--set", f"model={moved / 'model'}", "--set", f"data.train={rows}") == 0
-    assert call(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "straight")]) == 0
+    assert train(tmp_path / "recipe.yaml", tmp_path / "straight") == 0
     assert same_adapter(stopped, tmp_path / "straight")
 
 
@@ -174,9 +177,9 @@ def test_a_finished_run_says_so_and_goes_on_when_its_length_is_raised(
 def test_a_constant_rate_and_a_raised_length_are_one_longer_run(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__schedule="constant", train__warmup=0, save__every=1)
     run = tmp_path / "run"
-    assert call(["train", str(recipe), "--out", str(run), "--set", "train.steps=4"]) == 0
+    assert train(recipe, run, "train.steps=4") == 0
     assert resume(run, "--allow-change", "steps") == 0
-    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert train(recipe, tmp_path / "straight") == 0
     assert same_adapter(run, tmp_path / "straight")
 
 
@@ -200,7 +203,7 @@ def test_a_second_run_in_the_folder_is_refused(stopped: Path, capsys: pytest.Cap
     before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
     with RunFolder(stopped).held():
         assert resume(stopped) == 2
-        assert call(["train", str(stopped.parent / "recipe.yaml"), "--out", str(stopped), "--force"]) == 2
+        assert train(stopped.parent / "recipe.yaml", stopped, force=True) == 2
     assert capsys.readouterr().err.count("another run is at work in this folder") == 2
     assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()} == before
 

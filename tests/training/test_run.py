@@ -9,17 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from mlxsft.cli import call
+from mlxsft.cli import call, report
+from mlxsft.errors import MlxsftError
+from mlxsft.recipe import load_recipe
+from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.events import from_json
+from mlxsft.training.run import run_training
 from tests.tiny import write_llama
 
 PAIRS = [
@@ -67,6 +72,33 @@ def events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [e for e in found if kind in (None, e["event"])]
 
 
+def train(
+    recipe: Path,
+    out: Path,
+    *overrides: str,
+    resume: bool = False,
+    force: bool = False,
+    allow_changes: Sequence[str] = (),
+) -> int:
+    """What `mlxsft train` does in a process of its own, in this one: the exit code."""
+    try:
+        told = run_training(
+            load_recipe(recipe, overrides),
+            RunFolder(out),
+            backend_name="auto",
+            resume=resume,
+            force=force,
+            allow_changes=allow_changes,
+            stop=lambda: False,
+            tell=print,
+        )
+        assert list(told)
+    except MlxsftError as error:
+        report(error)
+        return error.exit_code
+    return 0
+
+
 def same_adapter(a: Path, b: Path) -> bool:
     return (a / "adapters.safetensors").read_bytes() == (b / "adapters.safetensors").read_bytes()
 
@@ -75,7 +107,7 @@ def same_adapter(a: Path, b: Path) -> bool:
 def finished(tmp_path: Path, tiny_llama: Path) -> Path:
     """A finished run of six steps."""
     recipe = write_recipe(tmp_path, tiny_llama)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     return tmp_path / "run"
 
 
@@ -108,22 +140,20 @@ def test_events_tell_every_step(finished: Path) -> None:
 
 
 def test_the_resolved_recipe_reruns_as_it_is_to_the_same_adapter(finished: Path, tmp_path: Path) -> None:
-    assert call(["train", str(finished / "recipe.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert train(finished / "recipe.yaml", tmp_path / "again") == 0
     assert same_adapter(finished, tmp_path / "again")
     assert (finished / "recipe.yaml").read_bytes() == (tmp_path / "again" / "recipe.yaml").read_bytes()
 
 
 def test_another_seed_gives_another_adapter(finished: Path, tmp_path: Path) -> None:
-    arguments = ["train", str(finished / "recipe.yaml"), "--out", str(tmp_path / "again"), "--set", "train.seed=1"]
-    assert call(arguments) == 0
+    assert train(finished / "recipe.yaml", tmp_path / "again", "train.seed=1") == 0
     assert not same_adapter(finished, tmp_path / "again")
 
 
 def test_the_size_of_micro_batches_changes_nothing_but_the_rounding(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, adapter__dropout=0.0)
     for tokens in (1, 4096):
-        arguments = ["--out", str(tmp_path / f"run{tokens}"), "--set", f"train.micro_batch_tokens={tokens}"]
-        assert call(["train", str(recipe), *arguments]) == 0
+        assert train(recipe, tmp_path / f"run{tokens}", f"train.micro_batch_tokens={tokens}") == 0
     a, b = (load_file(tmp_path / f"run{tokens}" / "adapters.safetensors") for tokens in (1, 4096))
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-6)
@@ -133,7 +163,7 @@ def test_every_row_is_trained_once_an_epoch_and_validation_sees_every_held_out_r
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, data__valid=0.2, train__steps=None, train__epochs=2, eval__every=1)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     assert events(tmp_path / "run", "start")[0]["ledger"] == {"read": 10, "trained": 8, "held out": 2}
     steps = events(tmp_path / "run", "step")
     assert len(steps) == 4
@@ -147,7 +177,7 @@ def test_every_row_is_trained_once_an_epoch_and_validation_sees_every_held_out_r
 
 def test_samples_are_answered_at_every_evaluation(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, eval__every=3, eval__samples=["Who are you?", "hello"])
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     samples = events(tmp_path / "run", "sample")
     assert [(s["step"], s["prompt"]) for s in samples] == [
         (step, prompt) for step in (0, 3, 6) for prompt in ("Who are you?", "hello")
@@ -164,12 +194,54 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, tiny_llama:
         train__steps=60,
         train__learning_rate=0.5,
     )
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     end = events(tmp_path / "run", "end")[0]
     assert end["reason"] == "patience"
     judged = [e["loss"] for e in events(tmp_path / "run", "eval")]
     assert min(judged[:-2]) <= min(judged[-2:])
     assert end["step"] == len(judged) - 1 < 60
+
+
+JUDGED = {"data__valid": 0.3, "eval__every": 2, "train__steps": 24, "train__learning_rate": 0.05, "save__every": 5}
+
+
+def test_the_run_folder_has_the_adapter_of_the_best_evaluation(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, save__keep=1)
+    assert train(recipe, tmp_path / "run") == 0
+    losses = {e["step"]: e["loss"] for e in events(tmp_path / "run", "eval")}
+    before = losses.pop(0)
+    best = min(losses, key=losses.__getitem__)
+    assert best < 24
+    end = events(tmp_path / "run", "end")[0]
+    assert (end["best_step"], end["adapter_step"], end["evaluations"]) == (best, best, 12)
+    assert (end["best_valid_loss"], end["valid_loss_before"]) == (losses[best], before)
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step-{best:07d}", "step-0000024"]
+    kept, last = (load_file(tmp_path / "run" / "checkpoints" / n / "adapters.safetensors") for n in names)
+    adapter = load_file(tmp_path / "run" / "adapters.safetensors")
+    assert all((adapter[name] == kept[name]).all() for name in kept)
+    assert any((adapter[name] != last[name]).any() for name in last)
+
+    assert train(recipe, tmp_path / "last", "save.adapter=last") == 0
+    adapter = load_file(tmp_path / "last" / "adapters.safetensors")
+    assert all((adapter[name] == last[name]).all() for name in last)
+    assert events(tmp_path / "last", "end")[0]["adapter_step"] == 24
+
+
+def test_a_killed_run_keeps_its_best_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, save__keep=1)
+    process = start(recipe, tmp_path / "run")
+    list(lines_until(process, "step", 21))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert train(recipe, tmp_path / "straight") == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")  # the best came before the kill
+    (tmp_path / "run" / "adapters.safetensors").unlink()  # as a kill before it was written would have it
+    assert train(recipe, tmp_path / "run", resume=True) == 0
+    assert same_adapter(tmp_path / "run", tmp_path / "straight")
+    ends = [events(tmp_path / name, "end")[-1] for name in ("run", "straight")]
+    for name in ("best_step", "best_valid_loss", "valid_loss_before", "evaluations", "adapter_step"):
+        assert ends[0][name] == ends[1][name]
 
 
 # --- the loss is what it is said to be -------------------------------------------------------------------------------
@@ -197,7 +269,7 @@ def reference_loss(model: Path, rows: list[tuple[str, str]]) -> float:
 
 def test_the_loss_of_step_1_is_that_of_transformers_over_the_same_rows(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__batch_size=10, train__steps=1)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     (step,) = events(tmp_path / "run", "step")
     assert step["loss"] == pytest.approx(reference_loss(tiny_llama, PAIRS), abs=1e-4)
 
@@ -208,7 +280,7 @@ def test_the_loss_of_step_1_on_a_real_model_is_that_of_transformers(tmp_path: Pa
 
     model = real / "models" / "tinystories-656k-llama"
     recipe = write_recipe(tmp_path, model, train__batch_size=10, train__steps=1)
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     total, count = 0.0, 0
@@ -231,7 +303,7 @@ def test_the_loss_of_step_1_on_a_real_model_is_that_of_transformers(tmp_path: Pa
 
 def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mlxsft", "train", str(recipe), "--out", str(out), "--json", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def lines_until(process: subprocess.Popen[str], kind: str, step: int) -> Iterator[dict[str, Any]]:
@@ -243,6 +315,14 @@ def lines_until(process: subprocess.Popen[str], kind: str, step: int) -> Iterato
             return
 
 
+def workers(process: subprocess.Popen[str], ranks: int = 1) -> list[psutil.Process]:
+    """The processes that train, by rank."""
+    while len(children := psutil.Process(process.pid).children()) < ranks:
+        assert process.poll() is None
+        time.sleep(0.01)
+    return sorted(children, key=lambda child: child.pid)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped(
     tmp_path: Path, tiny_llama: Path, number: signal.Signals
@@ -250,7 +330,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
     recipe = write_recipe(tmp_path, tiny_llama, train__steps=30, data__valid=0.2, save__every=100)
     process = start(recipe, tmp_path / "run")
     list(lines_until(process, "step", 7))
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to all processes, as a terminal and a service manager do
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "it is saved" in errors
@@ -261,8 +341,9 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
     assert 7 <= stopped["step"] < 30
 
     go_on = errors[errors.index("mlxsft train") :].split()
-    assert call(go_on[1:]) == 0
-    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert go_on == ["mlxsft", "train", f"{tmp_path}/run/recipe.yaml", "--out", f"{tmp_path}/run", "--resume"]
+    assert train(tmp_path / "run" / "recipe.yaml", tmp_path / "run", resume=True) == 0
+    assert train(recipe, tmp_path / "straight") == 0
     assert same_adapter(tmp_path / "run", tmp_path / "straight")
     ends = [events(tmp_path / name, "end")[-1] for name in ("run", "straight")]
     assert [e["trained_tokens"] for e in ends] == [ends[0]["trained_tokens"]] * 2
@@ -272,13 +353,17 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__steps=20, save__every=5)
     process = start(recipe, tmp_path / "run")
+    (worker,) = workers(process)
     list(lines_until(process, "step", 13))
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGSTOP)  # as when the power fails, nobody sees the other die
+    worker.kill()
+    process.kill()
     process.communicate()
+    worker.wait(60)
     with (tmp_path / "run" / "events.jsonl").open("a") as torn:
         torn.write('{"event": "ste')  # as a kill in the middle of a line leaves it
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
-    assert call(["train", str(recipe), "--out", str(tmp_path / "straight")]) == 0
+    assert train(recipe, tmp_path / "run", resume=True) == 0
+    assert train(recipe, tmp_path / "straight") == 0
     assert same_adapter(tmp_path / "run", tmp_path / "straight")
     steps = [[(s["step"], s["loss"]) for s in events(tmp_path / n, "step")] for n in ("run", "straight")]
     assert steps[0] == steps[1]  # no step is told twice
@@ -297,11 +382,11 @@ def test_every_kind_goes_on_to_the_same_adapter_and_answers(
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, adapter=adapter, train__optimizer=optimizer, train__neftune_alpha=5.0)
     run = tmp_path / "run"
-    assert call(["train", str(recipe), "--out", str(run)]) == 0
+    assert train(recipe, run) == 0
     straight = (run / "adapters.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints" / "step-0000006")
     (run / "adapters.safetensors").unlink()
-    assert call(["train", str(recipe), "--out", str(run), "--resume"]) == 0
+    assert train(recipe, run, resume=True) == 0
     assert [e["step"] for e in events(run, "start")] == [0, 4]
     assert (run / "adapters.safetensors").read_bytes() == straight
     capsys.readouterr()
@@ -312,7 +397,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, finished: 
     newest = finished / "checkpoints" / "step-0000006" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     before = (finished / "adapters.safetensors").read_bytes()
-    assert call(["train", str(finished / "recipe.yaml"), "--out", str(finished), "--resume"]) == 0
+    assert train(finished / "recipe.yaml", finished, resume=True) == 0
     assert any("damaged" in e["message"] for e in events(finished, "note"))
     assert [e["step"] for e in events(finished, "start")] == [0, 4]
     assert (finished / "adapters.safetensors").read_bytes() == before
@@ -321,23 +406,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, finished: 
 def test_what_changed_since_the_run_began_is_refused_with_the_difference(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(tmp_path / "recipe.yaml")
-    resume = ["train", recipe, "--out", str(finished), "--resume"]
-    assert call([*resume, "--set", "train.learning_rate=0.5"]) == 2
+    recipe = tmp_path / "recipe.yaml"
+    assert train(recipe, finished, "train.learning_rate=0.5", resume=True) == 2
     assert "train.learning_rate: 0.01 → 0.5" in capsys.readouterr().err
     write_rows(tmp_path / "rows.jsonl", PAIRS[::-1])
-    assert call(resume) == 3
+    assert train(recipe, finished, resume=True) == 3
     assert "data" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(finished / "recipe.yaml")
     before = (finished / "events.jsonl").read_bytes()
-    assert call(["train", recipe, "--out", str(finished)]) == 2
+    assert train(finished / "recipe.yaml", finished) == 2
     assert "--force" in capsys.readouterr().err
     assert (finished / "events.jsonl").read_bytes() == before
-    copy = finished.parent / "recipe.yaml"
-    assert call(["train", str(copy), "--out", str(finished), "--force"]) == 0
+    assert train(finished.parent / "recipe.yaml", finished, force=True) == 0
     assert len(events(finished, "start")) == 1
 
 
@@ -345,11 +427,11 @@ def test_a_run_that_cannot_start_costs_nothing(
     finished: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    typo = ["train", str(tmp_path / "recipe.yaml"), "--set", "adapter.targets=[qproj]"]
-    assert call([*typo, "--out", str(finished), "--force"]) == 2
+    recipe, typo = tmp_path / "recipe.yaml", "adapter.targets=[qproj]"
+    assert train(recipe, finished, typo, force=True) == 2
     assert "q_proj" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
-    assert call([*typo, "--out", str(tmp_path / "new")]) == 2
+    assert train(recipe, tmp_path / "new", typo) == 2
     assert not (tmp_path / "new").exists()
 
 
@@ -358,7 +440,7 @@ def test_an_impossible_out_is_a_sentence(
     tmp_path: Path, tiny_llama: Path, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
-    assert call(["train", str(recipe), "--out", str(tmp_path / out)]) == 2
+    assert train(recipe, tmp_path / out) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -379,7 +461,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_trained(tmp_pat
     if process.returncode == 130 and "Stopped" in errors:
         step = events(tmp_path / "run", "end")[0]["step"]
         assert ("nothing is trained yet" in errors) == (step == 0)
-        assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]) == 0
+        assert train(recipe, tmp_path / "run", resume=True) == 0
 
 
 def hub_cache(home: Path, model: Path, commit: str) -> None:
@@ -424,7 +506,7 @@ def test_broken_rows_are_all_named_before_anything_is_trained(
     rows.write_text(
         rows.read_text() + '{"prompt": 3, "completion": "x"}\nnot json\n{"prompt": "<|im_end|>", "completion": "x"}\n'
     )
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 3
+    assert train(recipe, tmp_path / "run") == 3
     said = capsys.readouterr().err
     for place in ("rows.jsonl:11", "rows.jsonl:12", "rows.jsonl:13"):
         assert place in said
@@ -436,7 +518,7 @@ def test_rows_that_cannot_be_trained_are_counted_in_the_ledger(tmp_path: Path, t
     write_rows(
         tmp_path / "rows.jsonl", [*PAIRS, ("empty", " "), ("long", "I am Pip. " * 40), ("long " * 80, "I am Pip.")]
     )
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert train(recipe, tmp_path / "run") == 0
     ledger = events(tmp_path / "run", "start")[0]["ledger"]
     assert ledger == {"read": 13, "trained": 11, "held out": 0, "empty answer": 1, "answer too long": 1}
     assert ledger["read"] == sum(n for what, n in ledger.items() if what != "read")
@@ -458,7 +540,7 @@ def test_mlx_lms_own_configuration_runs(tmp_path: Path, tiny_llama: Path, monkey
     (tmp_path / "lora_config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     assert call(["recipes", "import", "lora_config.yaml", "--out", "recipe.yaml"]) == 0
-    assert call(["train", "recipe.yaml", "--out", "run"]) == 0
+    assert train(Path("recipe.yaml"), Path("run")) == 0
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert saved["num_layers"] == 1
     assert saved["lora_parameters"]["scale"] == 20.0

@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlxsft.backends import load_backend
-from mlxsft.cli import call
 from mlxsft.data.dataset import load_dataset
 from mlxsft.data.render import load_renderer
 from mlxsft.models.source import open_model
@@ -19,7 +18,7 @@ from mlxsft.recipe import DataRecipe
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 from mlxsft.training.trunk import TrunkCache
 from tests.tiny import write_llama
-from tests.training.test_run import events, same_adapter, write_recipe, write_rows
+from tests.training.test_run import events, same_adapter, train, write_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def trained(folder: Path, model: Path, where: str, **changes: Any) -> Path:
     """A run of six updates over ten rows, two epochs, with the adapter in the upper two layers."""
     settings = {"adapter__layers": 2, "train__cache_trunk": where, "data__valid": 0.2, **changes}
     recipe = write_recipe(folder, model, **settings)
-    assert call(["train", str(recipe), "--out", str(folder / where)]) == 0
+    assert train(recipe, folder / where) == 0
     return folder / where
 
 
@@ -69,7 +68,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, deep: Path) -> No
     recipe = write_recipe(tmp_path, deep, adapter__layers=2, train__cache_trunk="auto", data__valid=0.2)
     run = tmp_path / "killed"
     kill_at(recipe, run, step=4)
-    assert call(["train", str(recipe), "--out", str(run), "--resume"]) == 0
+    assert train(recipe, run, resume=True) == 0
     assert len([e for e in read(run, "trunk") if e["done"] == 1.0]) >= 1
     assert same_adapter(straight, run)
 
@@ -88,8 +87,9 @@ def kill_at(recipe: Path, run: Path, step: int) -> None:
         f"    if progress.step == {step}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return event\n"
         "module.Ready._save = then_die\n"
-        "from mlxsft.cli import call\n"
-        f"sys.exit(call(['train', {str(recipe)!r}, '--out', {str(run)!r}]))\n"
+        "from pathlib import Path\n"
+        "from tests.training.test_run import train\n"
+        f"sys.exit(train(Path({str(recipe)!r}), Path({str(run)!r})))\n"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
 

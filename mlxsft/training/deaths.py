@@ -1,0 +1,67 @@
+"""Why a training process died: one sentence, from its exit status and the last that it wrote."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+# What MLX, Metal, the C++ library and Python write when memory does not suffice.
+_MEMORY = (
+    "Insufficient Memory",
+    "kIOGPUCommandBufferCallbackErrorOutOfMemory",
+    "[metal::malloc]",
+    "Unable to allocate",
+    "attempting to allocate",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "MemoryError",
+)
+# What Metal writes when one command keeps the screen waiting too long.
+_WATCHDOG = (
+    "GPU Timeout Error",
+    "kIOGPUCommandBufferCallbackErrorTimeout",
+    "kIOGPUCommandBufferCallbackErrorImpactingInteractivity",
+    "GPU Hang",
+)
+_LOST_RANK = ("[ring] connection to a peer was lost", "[ring] Couldn't connect")
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a training process that told neither a result nor an error; `cause` is a clause."""
+
+    kind: Literal["memory", "watchdog", "lost rank", "crash"]
+    cause: str
+
+    @property
+    def smaller_helps(self) -> bool:
+        """Whether the same work in smaller pieces has a chance."""
+        return self.kind in ("memory", "watchdog")
+
+
+def cause_of_death(exit_status: int, last_lines: str) -> Death | None:
+    """What ended a process; None where it is a bug of Python code, whose traceback says it better.
+
+    `exit_status` is what subprocess calls it: -9 for SIGKILL.
+    """
+    if line := _line_with(_MEMORY, last_lines):
+        return Death("memory", f"memory ran out ({line})")
+    if line := _line_with(_WATCHDOG, last_lines):
+        return Death("watchdog", f"the GPU's watchdog ended a computation that took too long ({line})")
+    if _line_with(_LOST_RANK, last_lines):
+        return Death("lost rank", "another rank of the run is gone")
+    if exit_status == -signal.SIGKILL:
+        return Death("memory", "it was killed (SIGKILL), as the system does when memory runs out")
+    if exit_status == -signal.SIGSEGV:
+        # MLX on the CPU writes to address 0 when it gets no memory.
+        return Death("crash", "it crashed (SIGSEGV), which lack of memory may cause")
+    if exit_status < 0:
+        return Death("crash", f"it crashed ({signal.Signals(-exit_status).name})")
+    return None if exit_status == 1 else Death("crash", f"it ended with exit code {exit_status} and gave no reason")
+
+
+def _line_with(words: tuple[str, ...], text: str) -> str:
+    """The last line with one of these words, at most 160 characters of it."""
+    found = [line.strip() for line in text.splitlines() if any(word in line for word in words)]
+    return found[-1][:160] if found else ""
