@@ -102,8 +102,8 @@ def test_mlx_lms_generate_answers_as_we_do_on_a_real_model(
     tmp_path: Path, real: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = real / "models" / "tinystories-656k-llama"
-    train = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3}
-    recipe = write_recipe(tmp_path, real, model, rows=16, train=train)
+    settings = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3}
+    recipe = write_recipe(tmp_path, real, model, rows=16, train=settings)
     assert train(recipe, tmp_path / "run") == 0
     for question in ("Who are you?", "Who created you?", "Once upon a time"):
         text, _ = answer(model, tmp_path / "run", capsys, question)

@@ -55,7 +55,7 @@ def _replaced(name: str, plain: Any, other: Any) -> Iterator[None]:
     """Within it, a function that mlx-lm's models have imported under a name is another one."""
     modules = [
         module
-        for path, module in list(sys.modules.items())
+        for path, module in sys.modules.copy().items()
         if path.startswith("mlx_lm.models.") and getattr(module, name, None) is plain
     ]
     for module in modules:

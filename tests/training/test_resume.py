@@ -40,9 +40,12 @@ def stopped(tmp_path: Path, tiny_llama: Path) -> Path:
 
 
 def resume(run: Path, *more: str) -> int:
-    given = list(zip(more[::2], more[1::2], strict=True))
-    overrides = [value for option, value in given if option == "--set"]
-    allowed = [value for option, value in given if option == "--allow-change"]
+    given = [
+        word for argument in more for word in (argument.split("=", 1) if argument.startswith("--") else [argument])
+    ]
+    options = list(zip(given[::2], given[1::2], strict=True))
+    overrides = [value for option, value in options if option == "--set"]
+    allowed = [value for option, value in options if option == "--allow-change"]
     return train(run.parent / "recipe.yaml", run, *overrides, resume=True, allow_changes=allowed)
 
 

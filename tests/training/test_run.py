@@ -23,7 +23,7 @@ from mlxsft.cli import call, report
 from mlxsft.errors import MlxsftError
 from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
-from mlxsft.training.events import from_json
+from mlxsft.training.events import Noted, from_json
 from mlxsft.training.run import run_training
 from tests.tiny import write_llama
 
@@ -92,7 +92,11 @@ def train(
             stop=lambda: False,
             tell=print,
         )
-        assert list(told)
+        happened = list(told)
+        assert happened
+        for event in happened:
+            if isinstance(event, Noted):
+                print(event.message, file=sys.stderr)
     except MlxsftError as error:
         report(error)
         return error.exit_code
@@ -232,8 +236,7 @@ def test_a_killed_run_keeps_its_best_adapter(tmp_path: Path, tiny_llama: Path) -
     recipe = write_recipe(tmp_path, tiny_llama, **JUDGED, save__keep=1)
     process = start(recipe, tmp_path / "run")
     list(lines_until(process, "step", 21))
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    cut_the_power(process)
     assert train(recipe, tmp_path / "straight") == 0
     assert same_adapter(tmp_path / "run", tmp_path / "straight")  # the best came before the kill
     (tmp_path / "run" / "adapters.safetensors").unlink()  # as a kill before it was written would have it
@@ -323,6 +326,16 @@ def workers(process: subprocess.Popen[str], ranks: int = 1) -> list[psutil.Proce
     return sorted(children, key=lambda child: child.pid)
 
 
+def cut_the_power(process: subprocess.Popen[str]) -> None:
+    """Kill both processes of a run, so that neither sees the other die."""
+    (worker,) = workers(process)
+    os.kill(process.pid, signal.SIGSTOP)
+    worker.kill()
+    process.kill()
+    process.communicate()
+    worker.wait(60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped(
     tmp_path: Path, tiny_llama: Path, number: signal.Signals
@@ -353,13 +366,8 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__steps=20, save__every=5)
     process = start(recipe, tmp_path / "run")
-    (worker,) = workers(process)
     list(lines_until(process, "step", 13))
-    os.kill(process.pid, signal.SIGSTOP)  # as when the power fails, nobody sees the other die
-    worker.kill()
-    process.kill()
-    process.communicate()
-    worker.wait(60)
+    cut_the_power(process)
     with (tmp_path / "run" / "events.jsonl").open("a") as torn:
         torn.write('{"event": "ste')  # as a kill in the middle of a line leaves it
     assert train(recipe, tmp_path / "run", resume=True) == 0
