@@ -218,7 +218,8 @@ class Supervisor:
                     yield event
                 continue
             alive.remove(worker)
-            if not worker.finished and worker.process.returncode != 0:  # a run that had ended before has no end event
+            failure = worker.error or worker.bug or worker.process.returncode  # a run that is over has no end event
+            if not worker.finished and failure:
                 failed, until = worker, time.monotonic() + _FAREWELL_SECONDS
                 if not worker.misses_a_rank:
                     break  # else the one that it misses ends soon, and says more
