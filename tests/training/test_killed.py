@@ -58,7 +58,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, runners
     began = time.perf_counter()
     assert runners[0].run(Job(str(recipe), str(folder / "again"))) == (0, "")
     assert digest(folder / "again") == digest(folder / "run")
-    assert 0 < events(folder / "run", "end")[0]["adapter_step"] < STEPS  # the best is not the last
     return Straight(recipe, folder / "run", time.perf_counter() - began, record.read_text().splitlines())
 
 
