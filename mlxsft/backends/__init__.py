@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, NDArray[Any]]
 
+BACKENDS = ("auto", "mlx", "torch")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -139,16 +141,46 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, source: ModelSource) -> Backend:
-    """A verified checkpoint in memory; `name` is mlx, or auto for what this machine has.
+    """A verified checkpoint in memory; `name` is mlx, torch, or auto for what this machine has.
 
     Raises UsageError where the array library is not installed, InputRefused for a checkpoint that it cannot load.
     """
-    if name not in ("auto", "mlx"):
-        raise UsageError(f"backend {name!r}: there is no such backend", "The backends are: auto, mlx.")
-    require_mlx()
-    from mlxsft.backends.mlx import MlxBackend
+    if name not in BACKENDS:
+        raise UsageError(f"backend {name!r}: there is no such backend", f"The backends are: {', '.join(BACKENDS)}.")
+    name, why = fastest() if name == "auto" else (name, None)
+    backend: Backend
+    if name == "torch":
+        require_torch()
+        from mlxsft.backends.torch import TorchBackend
 
-    return MlxBackend(source)
+        backend = TorchBackend(source)
+    else:
+        require_mlx()
+        from mlxsft.backends.mlx import MlxBackend
+
+        backend = MlxBackend(source)
+    backend.notes += [why] if why else []
+    return backend
+
+
+def fastest() -> tuple[str, str | None]:
+    """The backend that `auto` stands for here, and a sentence that says why where that could surprise."""
+    try:
+        require_mlx()
+    except UsageError as error:
+        return "torch", f"PyTorch computes, because {error.message}"
+    return "mlx", None
+
+
+def require_torch() -> None:
+    """Returns where PyTorch and PEFT are installed. Raises UsageError with the install command where they are not."""
+    missing = [package for package in ("torch", "peft") if importlib.util.find_spec(package) is None]
+    if missing:
+        index = "pip install torch --index-url https://download.pytorch.org/whl/cpu && " * (sys.platform == "linux")
+        raise UsageError(
+            f"the torch backend needs {' and '.join(missing)}, not installed here",
+            f"Install it: {index}pip install 'mlxsft[torch]'",
+        )
 
 
 def require_mlx() -> None:
