@@ -22,6 +22,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 BFLOAT16 = np.dtype(np.uint16)  # NumPy has no bfloat16: an array of uint16 holds its bits, the upper half of a float32
+PARTS = ("weight", "scales", "biases", "global_scale")  # of a quantized module
 BLOCK_VALUES = 1 << 18  # worked on at once: what stays in the cache
 
 
@@ -136,7 +137,8 @@ def _small_floats(exponent_bits: int, mantissa_bits: int, bias: int) -> Floats:
     exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
     significand = mantissa + np.where(exponent > 0, 1 << mantissa_bits, 0)
     sizes = np.ldexp(significand.astype(np.float32), np.maximum(exponent, 1) - bias - mantissa_bits)
-    return np.where(codes >> (exponent_bits + mantissa_bits), -sizes, sizes).astype(np.float32)
+    values: Floats = np.where(codes >> (exponent_bits + mantissa_bits), -sizes, sizes)
+    return values
 
 
 E2M1 = _small_floats(2, 1, bias=1)
@@ -156,18 +158,21 @@ def dequantized_tensors(tensors: Mapping[str, Array], config: Mapping[str, Any])
     MLX writes `quantization`. Arrays of whole numbers come as they are. Raises InputRefused, with the module's name.
     """
     quantization = _quantization(config)
-    modules = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-    packed = {module for module in modules if f"{module}.weight" in tensors}
-    parts = {f"{module}.{part}" for module in packed for part in ("scales", "biases", "global_scale")}
-    for name in tensors:
+    names = dict.fromkeys(tensors)  # to look up without reading
+    modules = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    packed = {module for module in modules if f"{module}.weight" in names}
+    parts = {f"{module}.{part}" for module in packed for part in PARTS[1:]}
+    for name in names:
         module = name.removesuffix(".weight")
         if name in parts:
             continue
-        if module in packed:
-            yield name, _module_weight(tensors, module, quantization)
+        is_weight = name != module
+        if is_weight and module in packed:
+            stored = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in names}
+            yield name, _module_weight({part: tensors[stored[part]] for part in stored}, module, quantization)
             continue
         array = tensors[name]
-        if name != module and (array.dtype == np.uint32 or isinstance(quantization.get(module), dict)):
+        if is_weight and (array.dtype == np.uint32 or isinstance(quantization.get(module), dict)):
             raise InputRefused(f"{module}: is quantized, but {module}.scales is missing")
         yield name, as_float32(array) if array.dtype.kind == "f" or array.dtype == BFLOAT16 else array
 
@@ -189,13 +194,10 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _module_weight(tensors: Mapping[str, Array], module: str, quantization: Mapping[str, Any]) -> Floats:
-    """The dequantized weight of one module."""
-    weight, scales = tensors[f"{module}.weight"], tensors[f"{module}.scales"]
-    named = {part: f"{module}.{part}" for part in ("biases", "global_scale")}
-    optional: dict[str, Any] = {part: tensors[name] for part, name in named.items() if name in tensors}
+def _module_weight(arrays: Mapping[str, Any], module: str, quantization: Mapping[str, Any]) -> Floats:
+    """The dequantized weight of one module, from its parts."""
     try:
-        return dequantize(weight, scales, **optional, **_settings(quantization, module, weight, scales))
+        return dequantize(**arrays, **_settings(quantization, module, arrays["weight"], arrays["scales"]))
     except InputRefused as refusal:
         raise InputRefused(f"{module}: {refusal.message}", refusal.hint) from refusal
 

@@ -67,6 +67,9 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
             raise InputRefused(f"{place.path}: is shorter than when it was verified", "Read it again.")
         return array.reshape(place.shape)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the array
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
