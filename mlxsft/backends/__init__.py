@@ -164,18 +164,27 @@ def load_backend(name: str, source: ModelSource) -> Backend:
 
 
 def fastest() -> tuple[str, str | None]:
-    """The backend that `auto` stands for here, and a sentence that says why where that could surprise."""
+    """The backend that `auto` stands for here, and a sentence that says why where that could surprise.
+
+    MLX on a GPU, and on a CPU with a fast BLAS, where a token and an update take it no longer than PyTorch
+    (tests/benchmarks/backends.py); PyTorch where MLX multiplies with its own BLAS, 30 to 70 times slower.
+    """
     try:
         require_mlx()
     except UsageError as error:
-        return "torch", f"PyTorch computes, because {error.message}"
-    return "mlx", None
+        if _missing("torch", "peft") and _mlx_exists():
+            raise
+        return "torch", f"PyTorch computes: {error.message}"
+    from mlxsft.backends.mlx import BLAS_HINT, device_kind
+
+    if device_kind() == "gpu" or not BLAS_HINT or _missing("torch", "peft"):
+        return "mlx", None
+    return "torch", f"PyTorch computes, because for MLX {BLAS_HINT}"
 
 
 def require_torch() -> None:
     """Returns where PyTorch and PEFT are installed. Raises UsageError with the install command where they are not."""
-    missing = [package for package in ("torch", "peft") if importlib.util.find_spec(package) is None]
-    if missing:
+    if missing := _missing("torch", "peft"):
         index = "pip install torch --index-url https://download.pytorch.org/whl/cpu && " * (sys.platform == "linux")
         raise UsageError(
             f"the torch backend needs {' and '.join(missing)}, not installed here",
@@ -185,16 +194,26 @@ def require_torch() -> None:
 
 def require_mlx() -> None:
     """Returns where MLX can be imported. Raises UsageError with the install command where it cannot."""
-    mac = sys.platform == "darwin" and platform.machine() == "arm64"
-    linux = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
-    if not (mac or linux):
+    if not _mlx_exists():
         here = f"{platform.system()} on {platform.machine()}"
-        raise UsageError(f"MLX does not exist for this machine ({here})", "It runs on Apple silicon and 64-bit Linux.")
-    install = f"pip install {'mlx' if mac else chr(34) + 'mlx[cpu]' + chr(34)} mlx-lm"
-    for package in ("mlx", "mlx_lm"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package.replace('_', '-')} is not installed", f"Install it: {install}")
+        raise UsageError(
+            f"MLX does not exist for this machine ({here})",
+            "It runs on Apple silicon and 64-bit Linux; elsewhere take --backend torch.",
+        )
+    install = f"pip install {'mlx' if sys.platform == 'darwin' else chr(34) + 'mlx[cpu]' + chr(34)} mlx-lm"
+    for package in _missing("mlx", "mlx_lm"):
+        raise UsageError(f"{package.replace('_', '-')} is not installed", f"Install it: {install}")
     try:
         importlib.import_module("mlxsft.backends.mlx")  # finds the fast BLAS before it imports MLX
     except ImportError as error:
         raise UsageError(f"MLX cannot be imported: {error}", f"Install it anew: {install}") from error
+
+
+def _mlx_exists() -> bool:
+    """Whether MLX is made for machines like this one."""
+    machines = {"darwin": ("arm64",), "linux": ("x86_64", "aarch64")}
+    return platform.machine() in machines.get(sys.platform, ())
+
+
+def _missing(*packages: str) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]

@@ -57,6 +57,16 @@ def frozen_layers(trained: Iterable[str], above: tuple[str, ...]) -> int:
     return min(numbers, default=0)
 
 
+def refuse_quantized(names: set[str], quantized: set[str]) -> None:
+    """Raises UsageError where weights to train belong to modules that the checkpoint holds quantized."""
+    if found := sorted({name.rpartition(".")[0] for name in names} & quantized):
+        raise UsageError(
+            f"adapter.kind: full, but the model is quantized: {len(found)} modules, {found[0]} the first, have no "
+            "weights that could be trained",
+            "Take adapter.kind lora or dora, or the model as it was before it was quantized.",
+        )
+
+
 def rank_axis(name: str, dimensions: int) -> int:
     """The axis of a LoRA A or B that is as long as the rank, in mlx-lm's shapes."""
     return 1 if name.endswith(".lora_a") else 0 if dimensions == 2 else 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch
+from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch, refuse_quantized
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.initial_values import initial_lora_a, principal_factors
 from mlxsft.errors import InputRefused, UsageError
@@ -63,7 +63,9 @@ class MlxAdapter:
         """
         layers = chosen_layers(recipe.layers, len(model.layers))
         if recipe.kind == "full":
-            _unfreeze(model, own_weights(model, layers, recipe.targets), quantized)
+            names = own_weights(model, layers, recipe.targets)
+            refuse_quantized(names, quantized)
+            _unfreeze(model, names)
             return cls(model, {"fine_tune_type": "full", "num_layers": layers})
         pissa = recipe.init == "pissa"
         parameters = {
@@ -86,7 +88,7 @@ class MlxAdapter:
         kind = config.get("fine_tune_type", "lora")
         if kind == "full":
             refuse_mismatch("the adapter", dict(tree_flatten(model.parameters())), tensors, whole=False)
-            _unfreeze(model, set(tensors), set())
+            _unfreeze(model, set(tensors))
             adapter = cls(model, {key: config[key] for key in ("fine_tune_type", "num_layers") if key in config})
         else:
             try:
@@ -168,16 +170,9 @@ def _as_dora(path: str, lora: nn.Module) -> nn.Module:
     raise ValueError(f"{path} takes no DoRA: it is no single matrix, but a {type(lora).__name__}")
 
 
-def _unfreeze(model: nn.Module, names: set[str], quantized: set[str]) -> None:
-    """Make these weights trainable. Raises UsageError where the checkpoint holds them quantized."""
+def _unfreeze(model: nn.Module, names: set[str]) -> None:
+    """Make these weights trainable."""
     modules = dict(model.named_modules())
-    paths = {name.rpartition(".")[0] for name in names}
-    if found := sorted(paths & quantized):
-        raise UsageError(
-            f"adapter.kind: full, but the model is quantized: {len(found)} modules, {found[0]} the first, have no "
-            "weights that could be trained",
-            "Take adapter.kind lora or dora, or the model as it was before it was quantized.",
-        )
     for name in names:
         path, _, leaf = name.rpartition(".")
         modules[path].unfreeze(keys=leaf, recurse=False)

@@ -58,7 +58,8 @@ class TorchBackend:
     # ---- adapter
 
     def attach(self, adapter: AdapterRecipe, seed: int) -> None:
-        self._adapter = TorchAdapter.new(self.model, adapter, seed, self._keys)
+        quantized = {name.removesuffix(".scales") for name in self._source.tensors if name.endswith(".scales")}
+        self._adapter = TorchAdapter.new(self.model, adapter, seed, quantized, self._keys)
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._adapter = TorchAdapter.saved(self.model, config, tensors, self._keys)

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch
+from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch, refuse_quantized
 from mlxsft.backends.initial_values import initial_lora_a, principal_factors
 from mlxsft.backends.torch_models import decoder_layers, is_tied, mlx_name, outside, own_weights, target_keys
 from mlxsft.backends.torch_random import KeyedDropout, RandomKeys
@@ -54,14 +54,19 @@ class TorchAdapter:
                 self._parameters[name], self._turned[name] = parameter, turned
 
     @classmethod
-    def new(cls, model: nn.Module, recipe: AdapterRecipe, seed: int, keys: RandomKeys) -> TorchAdapter:
+    def new(
+        cls, model: nn.Module, recipe: AdapterRecipe, seed: int, quantized: set[str], keys: RandomKeys
+    ) -> TorchAdapter:
         """What a recipe asks for, at its start, where the model answers as before.
 
-        Raises UsageError for what this model does not have or cannot take.
+        `quantized` are the paths of modules that the checkpoint holds quantized. Raises UsageError for what this model
+        does not have or cannot take.
         """
         layers = chosen_layers(recipe.layers, len(decoder_layers(model)))
         if recipe.kind == "full":
-            _unfreeze(model, own_weights(model, layers, recipe.targets))
+            names = own_weights(model, layers, recipe.targets)
+            refuse_quantized(names, quantized)
+            _unfreeze(model, names)
             return cls(model, {"fine_tune_type": "full", "num_layers": layers})
         pissa = recipe.init == "pissa"
         parameters = {

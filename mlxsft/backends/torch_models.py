@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from mlxsft.backends.adapters import matching
 from mlxsft.errors import InputRefused, UsageError
+from mlxsft.models.dequantize import BFLOAT16, as_float32, dequantized_tensors
+from mlxsft.models.tensors import StoredTensors
 
 if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
@@ -25,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 # What transformers raises for config.json and tensors that it cannot use.
 LOADING_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
-    *(RuntimeError, OSError, ImportError, SafetensorError),
+    *(RuntimeError, OSError, ImportError),
 )
 # Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both.
 RENAMED = {
@@ -72,12 +73,11 @@ def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
 
 
 def read_tensors(source: ModelSource) -> Tensors:
-    """The tensors of a checkpoint under transformers' names, as they are stored."""
-    tensors: Tensors = {}
-    for file in source.files:
-        with safe_open(source.folder / file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
-    refuse_quantized(source)
+    """The tensors of a checkpoint under transformers' names, float32, dequantized where they must be."""
+    stored = StoredTensors(source)
+    # Scales too, so that nothing is rounded when they are multiplied: as on MLX's CPU.
+    wide = {name: as_float32(a) if a.dtype.kind == "f" or a.dtype == BFLOAT16 else a for name, a in stored.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in dequantized_tensors(wide, source.config)}
     kind = str(source.config.get("model_type"))
     if kind == "gpt2" and any(name.startswith("model.h.") for name in tensors):  # as mlx-lm saves it
         tensors = {
@@ -85,15 +85,6 @@ def read_tensors(source: ModelSource) -> Tensors:
             for name, tensor in tensors.items()
         }
     return tensors
-
-
-def refuse_quantized(source: ModelSource) -> None:
-    """Raises InputRefused for a checkpoint whose weights are quantized."""
-    if source.config.get("quantization") or source.config.get("quantization_config"):
-        raise InputRefused(
-            f"{source.folder}: this checkpoint is quantized, which the torch backend does not read",
-            "Take --backend mlx, or the model as it was before it was quantized.",
-        )
 
 
 @contextmanager

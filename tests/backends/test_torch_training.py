@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mlxsft.backends import load_backend
+from mlxsft.backends.mlx import BLAS_HINT, MlxBackend
 from mlxsft.backends.torch import TorchBackend
 from mlxsft.backends.torch_models import decoder_layers
 from mlxsft.cli import call
@@ -226,6 +227,17 @@ def test_what_mlx_lm_converted_is_the_same_model(tmp_path: Path, family: str) ->
     assert np.array_equal(plain.losses(make_batch()), converted.losses(make_batch()))
 
 
+@pytest.mark.parametrize(("bits", "mode"), [(3, "affine"), (4, "affine"), (8, "affine"), (4, "mxfp4"), (4, "nvfp4")])
+def test_quantized_checkpoints_are_those_of_mlx(tmp_path: Path, bits: int, mode: str) -> None:
+    source = quantized_llama(tmp_path, bits, mode)
+    ours, theirs = MlxBackend(source), TorchBackend(source)
+    np.testing.assert_allclose(ours.losses(make_batch()), theirs.losses(make_batch()), rtol=1e-5, atol=1e-5)
+    for adapter in (LORA, KINDS["pissa"]):
+        go(training(source, adapter), range(1))
+    with pytest.raises(UsageError, match=r"adapter\.kind: full, but the model is quantized: 14 modules"):
+        training(source, KINDS["full"])
+
+
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -309,9 +321,13 @@ def test_chat_goes_on_with_its_cache(tmp_path: Path, tiny_llama: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_quantized_checkpoints_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match="quantized"):
-        load_backend("torch", quantized_llama(tmp_path))
+def test_auto_takes_torch_where_mlx_has_no_fast_blas() -> None:
+    code = "from mlxsft.backends import fastest; print(*fastest())"
+    for setting, expected in (("off", "torch PyTorch computes, because for MLX MLXSFT_BLAS is off"), ("", "mlx None")):
+        environment = {**os.environ, "MLXSFT_BLAS": setting}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        if setting or not BLAS_HINT:
+            assert ran.stdout.startswith(expected)
 
 
 def test_without_torch_the_install_command_is_said(llama: ModelSource) -> None:
