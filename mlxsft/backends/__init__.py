@@ -131,7 +131,7 @@ class Backend(Protocol):
     # ---- facts
 
     def peak_bytes(self) -> int:
-        """The most memory that arrays took since the model was loaded."""
+        """The most memory that arrays took since the model was loaded; on PyTorch, that the process grew by."""
 
     def parameters(self) -> tuple[int, int]:
         """(numbers in the model with its adapter, those of them that are trained)."""

@@ -157,7 +157,7 @@ class TorchAdapter:
         return {name: self._turn(name, parameter.detach()) for name, parameter in self._parameters.items()}
 
     def _turn(self, name: str, array: torch.Tensor) -> torch.Tensor:
-        return array.T if self._turned[name] else array
+        return array.mT if self._turned[name] else array
 
     def _trained(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         if not self._half:
@@ -234,19 +234,19 @@ def low_rank_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _name(model: nn.Module, path: str) -> tuple[str, bool]:
-    """mlx-lm's name of a parameter, and whether mlx-lm has it transposed."""
+    """mlx-lm's name of a parameter, and whether mlx-lm has its last two axes the other way round."""
     kind = model.config.model_type
     for leaf, other in LEAVES.items():
         if path.endswith(f".{leaf}"):
             return mlx_name(kind, path.removesuffix(leaf)) + other, other != "m"
     owner = model.get_submodule(path.rpartition(".")[0])
-    return mlx_name(kind, path), isinstance(owner, Conv1D) and path.endswith(".weight")
+    return mlx_name(kind, path), isinstance(owner, (Conv1D, nn.Conv1d)) and path.endswith(".weight")
 
 
 def _own_shapes(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's own parameters as mlx-lm has them."""
     named = ((_name(model, path), parameter) for path, parameter in model.named_parameters())
-    return {name: parameter.T if turned else parameter for (name, turned), parameter in named}
+    return {name: parameter.mT if turned else parameter for (name, turned), parameter in named}
 
 
 def _unfreeze(model: nn.Module, names: set[str]) -> None:

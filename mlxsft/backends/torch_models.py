@@ -146,20 +146,19 @@ def target_keys(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -
     Raises UsageError with every name that fits no module, and for experts, which PEFT's layers do not take.
     """
     chosen = list(decoder_layers(model))[-layers:]
-    experts = any(p.ndim == 3 for layer in chosen for m in layer.modules() for p in m.parameters(recurse=False))
-    if "all-linear" in ((targets,) if isinstance(targets, str) else targets) and experts:
-        raise UsageError(
-            "adapter.targets: all-linear includes experts, which the torch backend cannot adapt",
-            "Name the modules, as for instance [q_proj, v_proj], or take --backend mlx.",
-        )
+    _refuse_experts(chosen, targets)
     inside = {path for layer in chosen for path, module in layer.named_modules() if takes_lora(module)}
     linear = {path for layer in chosen for path, m in layer.named_modules() if takes_lora(m) and not _is_embedding(m)}
     return sorted(matching(targets, inside, linear, {p for p, m in outside(model).items() if takes_lora(m)}))
 
 
 def own_weights(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -> set[str]:
-    """mlx-lm's names of the model's own weights that full tuning trains; `all` is all of the chosen layers."""
+    """mlx-lm's names of the model's own weights that full tuning trains; `all` is all of the chosen layers.
+
+    Raises UsageError as `target_keys`.
+    """
     chosen = list(decoder_layers(model))[-layers:]
+    _refuse_experts(chosen, targets)
     named = [dict(layer.named_modules()) for layer in chosen]
     inside = {path for modules in named for path, module in modules.items() if _leaves(module)}
     linear = {path for modules in named for path, m in modules.items() if takes_lora(m) and not _is_embedding(m)}
@@ -174,6 +173,17 @@ def own_weights(model: nn.Module, layers: int, targets: str | tuple[str, ...]) -
         if id(module) in ids
         for leaf in _leaves(module)
     }
+
+
+def _refuse_experts(layers: list[nn.Module], targets: str | tuple[str, ...]) -> None:
+    """Raises UsageError where all of layers with experts are targets: mlx-lm keeps experts in other matrices."""
+    groups = {"all", "all-linear"} & set((targets,) if isinstance(targets, str) else targets)
+    modules = [m for layer in layers for m in layer.modules() if not isinstance(m, nn.Conv1d)]
+    if groups and any(p.ndim == 3 for module in modules for p in module.parameters(recurse=False)):
+        raise UsageError(
+            f"adapter.targets: {min(groups)} includes experts, which the torch backend cannot train",
+            "Name the modules, as for instance [q_proj, v_proj], or take --backend mlx.",
+        )
 
 
 def outside(model: nn.Module) -> dict[str, nn.Module]:

@@ -256,8 +256,9 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_experts_are_no_targets(tmp_path: Path) -> None:
     source = open_model(str(save(tmp_path, "qwen3_moe", {}, num_experts=4, num_experts_per_tok=2, head_dim=8)))
-    with pytest.raises(UsageError, match="experts"):
-        training(source)
+    for adapter in (LORA, KINDS["full"]):
+        with pytest.raises(UsageError, match="includes experts"):
+            training(source, adapter)
     backend = training(source, AdapterRecipe(rank=4, targets=("q_proj", "v_proj")))
     go(backend, range(1))
 
@@ -297,6 +298,19 @@ def test_a_resumed_run_of_the_command_is_the_straight_one(tmp_path: Path, tiny_l
     shutil.rmtree(resumed / "checkpoints" / "step-0000006")
     assert call(["train", str(recipe), "--out", str(resumed), "--backend", "torch", "--resume"]) == 0
     assert same_adapter(straight, resumed)
+
+
+def test_a_run_with_its_trunk_kept_and_rows_packed_has_the_losses_of_one_without(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", layers=4)
+    recipe, found = write_recipe(tmp_path, model, adapter={"rank": 4, "layers": 1}, data__valid=0.2), []
+    for cache, batching in (("off", "buckets"), ("memory", "buckets"), ("disk", "packed")):
+        out, settings = tmp_path / cache, [f"--set=train.cache_trunk={cache}", f"--set=train.batching={batching}"]
+        assert call(["train", str(recipe), "--out", str(out), "--backend", "torch", *settings]) == 0
+        assert bool(events(out, "trunk")) == (cache != "off")
+        assert not [e for e in events(out, "note") if "train." in e["message"]]
+        found.append([e["loss"] for e in events(out, "step")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-4)
 
 
 def test_both_backends_answer_with_the_adapter_of_either(
