@@ -3,7 +3,7 @@
     python -m tests.benchmarks.backends MODEL [--turns 3]
 
 Each backend runs in a process of its own, in turn: seconds until the model is loaded, of an update of random rows (8 of
-up to 256 tokens, a third of them trained), of a generated token; and the ratios mlx ÷ torch, medians over the turns.
+up to 160 tokens, a third of them trained), of a generated token; and the ratios mlx ÷ torch, medians over the turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlxsft.data.batches import Batch
 from mlxsft.models.source import open_model
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
-UPDATES, TOKENS = 4, 40
+UPDATES, TOKENS = 3, 40
 
 
 def measured(model: str, name: str) -> dict[str, float]:
@@ -42,7 +42,7 @@ def measured(model: str, name: str) -> dict[str, float]:
     spent = []
     for _ in range(UPDATES + 1):
         began = time.perf_counter()
-        for width in (128, 256):
+        for width in (96, 160):
             tokens = rng.integers(4, 1000, (4, width), dtype=np.int32)
             backend.accumulate(Batch(tokens, np.broadcast_to(np.arange(width) > 2 * width // 3, tokens.shape)))
         backend.apply(1e-4, 1.0)
