@@ -1,4 +1,4 @@
-"""The numbers that an adapter starts with: the same on every backend, from name, seed and weight alone."""
+"""The numbers that everything random starts with: the same on every backend, from seed, name and weight alone."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def principal_factors(matrix: NDArray[np.float32], rank: int) -> tuple[NDArray[n
     left, values, right = np.linalg.svd(matrix @ basis, full_matrices=False)
     roots = np.sqrt(values[:rank])
     return left[:, :rank] * roots, roots[:, None] * (right[:rank] @ basis.T)
+
+
+def seed_of(*words: int) -> int:
+    """A 64-bit seed from any numbers."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxsft.backends import Alone, Ranks, Sampling, Tensors
+from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
+from mlxsft.backends.initial_values import seed_of
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
@@ -29,7 +31,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxsft.backends.mlx_adapters import MlxAdapter, refuse_mismatch  # noqa: E402
+from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
@@ -40,10 +42,10 @@ from mlxsft.backends.mlx_models import (  # noqa: E402
     token_embedding,
     why_not_float32,
 )
-from mlxsft.backends.mlx_packing import unusual_cache, why_different  # noqa: E402
+from mlxsft.backends.mlx_packing import why_not_packed  # noqa: E402
 from mlxsft.backends.mlx_random import RandomKeys, noisy  # noqa: E402
 from mlxsft.backends.mlx_ranks import sum_of_ranks  # noqa: E402
-from mlxsft.backends.mlx_trunk import Trunk, frozen_layers, to_numpy  # noqa: E402
+from mlxsft.backends.mlx_trunk import Trunk, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
@@ -118,7 +120,7 @@ class MlxBackend:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
-        key = mx.random.key(_seed(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
+        key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
         loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
         self._set(parameters)  # differentiating leaves its own arrays in the model
         if sums.gradient:
@@ -154,9 +156,7 @@ class MlxBackend:
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
-        if (kind := unusual_cache(self.model)) is not None:
-            return f"its layers keep what they have read as a {kind}, which knows nothing of rows in a sequence"
-        return why_different(self.losses, packed, padded, self.model)
+        return why_not_packed(self.losses, packed, padded, self.model)
 
     def trunk_layers(self) -> int:
         noise = self._recipe.neftune_alpha is not None  # other noise in every epoch
@@ -278,7 +278,7 @@ def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     if sampling.temperature == 0:
         greedy: Callable[[mx.array], mx.array] = filters.greedy_sampler
         return greedy
-    key = mx.random.key(_seed(time.time_ns()) if sampling.seed is None else sampling.seed)
+    key = mx.random.key(seed_of(time.time_ns()) if sampling.seed is None else sampling.seed)
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
@@ -292,11 +292,6 @@ def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
         return mx.random.categorical(logprobs / sampling.temperature, key=now)
 
     return sample
-
-
-def _seed(*words: int) -> int:
-    """A 64-bit seed from any numbers."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def device_kind() -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch, refuse_quantized
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.initial_values import initial_lora_a, principal_factors
 from mlxsft.errors import InputRefused, UsageError
@@ -60,12 +61,11 @@ class MlxAdapter:
         `quantized` are the paths of modules that the checkpoint holds quantized. Raises UsageError for what this model
         does not have or cannot take.
         """
-        count = len(model.layers)
-        layers = count if recipe.layers == "all" else recipe.layers
-        if layers > count:
-            raise UsageError(f"adapter.layers: {layers}, but the model has {count} layers")
+        layers = chosen_layers(recipe.layers, len(model.layers))
         if recipe.kind == "full":
-            _unfreeze(model, own_weights(model, layers, recipe.targets), quantized)
+            names = own_weights(model, layers, recipe.targets)
+            refuse_quantized(names, quantized)
+            _unfreeze(model, names)
             return cls(model, {"fine_tune_type": "full", "num_layers": layers})
         pissa = recipe.init == "pissa"
         parameters = {
@@ -88,7 +88,7 @@ class MlxAdapter:
         kind = config.get("fine_tune_type", "lora")
         if kind == "full":
             refuse_mismatch("the adapter", dict(tree_flatten(model.parameters())), tensors, whole=False)
-            _unfreeze(model, set(tensors), set())
+            _unfreeze(model, set(tensors))
             adapter = cls(model, {key: config[key] for key in ("fine_tune_type", "num_layers") if key in config})
         else:
             try:
@@ -129,7 +129,7 @@ class MlxAdapter:
         for name, tensor in tensors.items():
             array = mx.array(tensor.astype(np.float32))
             if name in self._fixed:
-                array, self._fixed[name] = mx.split(array, 2, axis=_rank_axis(name, array.ndim))
+                array, self._fixed[name] = mx.split(array, 2, axis=rank_axis(name, array.ndim))
             self.weights[name] = array
         self.place(self.weights)
 
@@ -137,7 +137,7 @@ class MlxAdapter:
         """The trained numbers, each with its half that is not."""
         fixed = self._fixed
         return {
-            name: mx.concatenate([array, fixed[name]], axis=_rank_axis(name, array.ndim)) if name in fixed else array
+            name: mx.concatenate([array, fixed[name]], axis=rank_axis(name, array.ndim)) if name in fixed else array
             for name, array in weights.items()
         }
 
@@ -170,16 +170,9 @@ def _as_dora(path: str, lora: nn.Module) -> nn.Module:
     raise ValueError(f"{path} takes no DoRA: it is no single matrix, but a {type(lora).__name__}")
 
 
-def _unfreeze(model: nn.Module, names: set[str], quantized: set[str]) -> None:
-    """Make these weights trainable. Raises UsageError where the checkpoint holds them quantized."""
+def _unfreeze(model: nn.Module, names: set[str]) -> None:
+    """Make these weights trainable."""
     modules = dict(model.named_modules())
-    paths = {name.rpartition(".")[0] for name in names}
-    if found := sorted(paths & quantized):
-        raise UsageError(
-            f"adapter.kind: full, but the model is quantized: {len(found)} modules, {found[0]} the first, have no "
-            "weights that could be trained",
-            "Take adapter.kind lora or dora, or the model as it was before it was quantized.",
-        )
     for name in names:
         path, _, leaf = name.rpartition(".")
         modules[path].unfreeze(keys=leaf, recurse=False)
@@ -195,26 +188,3 @@ def _principal(module: nn.Module, path: str, rank: int) -> tuple[NDArray[np.floa
         factors = [principal_factors(matrix, rank) for matrix in weight]
         return np.stack([right for _, right in factors]), np.stack([left for left, _ in factors])
     return principal_factors(weight.T if "linear" in module else weight, rank)
-
-
-def _rank_axis(name: str, dimensions: int) -> int:
-    return 1 if name.endswith(".lora_a") else 0 if dimensions == 2 else 2
-
-
-def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors, *, whole: bool = True) -> None:
-    """Raises InputRefused with every tensor that is missing, unexpected or of another shape than expected.
-
-    Where it need not be `whole`, none is missing.
-    """
-    shapes = {name: tuple(array.shape) for name, array in expected.items()}
-    problems = [
-        f"{name}: is missing, expected {shape}" for name, shape in shapes.items() if whole and name not in tensors
-    ]
-    problems += [f"{name}: the model has no such tensor" for name in tensors if name not in shapes]
-    problems += [
-        f"{name}: got {tensors[name].shape}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise InputRefused("\n  ".join([f"{what} does not fit this model:", *problems]), "Was it made on another base?")

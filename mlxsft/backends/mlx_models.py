@@ -6,11 +6,11 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from mlxsft.backends.adapters import matching
 from mlxsft.backends.blas import load_blas
 from mlxsft.errors import InputRefused, UsageError
 
@@ -206,19 +206,7 @@ def _chosen(
     routers = {path for layer in chosen for path in _routers(layer)}
     in_layers = {id(module) for layer in model.layers for module in layer.modules()}
     outside = {path for path, m in model.named_modules() if id(m) not in in_layers and takes(m)}
-    names = (targets,) if isinstance(targets, str) else targets
-    found = {name: {p for p in inside if f".{p}".endswith(f".{name}")} | (outside & {name}) for name in names}
-    groups = {"all": inside, "all-linear": linear - routers - embeddings}
-    found |= {name: paths for name, paths in groups.items() if name in names}
-    if unknown := [name for name, paths in found.items() if not paths]:
-        known = sorted({path.rpartition(".")[2] for path in inside if path} | outside)
-        guesses = [guess for name in unknown for guess in get_close_matches(name, known, n=1)]
-        meant = f"; did you mean {', '.join(guesses)}?" if guesses else ""
-        raise UsageError(
-            f"adapter.targets: no module of the chosen layers is named {', '.join(unknown)}{meant}",
-            f"There are: {', '.join(known)}.",
-        )
-    return set().union(*found.values())
+    return matching(targets, inside, linear - routers - embeddings, outside)
 
 
 def _own_arrays(module: nn.Module) -> list[str]:

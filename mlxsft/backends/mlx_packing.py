@@ -10,7 +10,6 @@ asks no mask; `why_different` finds out on real rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,15 +24,10 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_models import LOADING_ERRORS, mlx_lm  # noqa: E402
+from mlxsft.backends.packing import why_different  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
-
-# The largest difference of a token's loss that rounding explains, in nats, and as much again for each nat of the loss.
-TOLERANCE = 1e-4  # in float32
-# In bfloat16 and float16 a token's loss rounds by up to half a nat, so the mean difference is compared with what it is
-# when rows see each other. Measured on three small Llamas in bfloat16: 0.006 to 0.05 of it.
-SHARE_OF_LEAK = 0.1
 
 
 class Isolated:
@@ -74,24 +68,16 @@ def _caches(model: nn.Module) -> list[Any]:
     return caches
 
 
-def why_different(
+def why_not_packed(
     losses: Callable[[Batch], NDArray[np.float32]], packed: Batch, padded: Batch, model: nn.Module
 ) -> str | None:
-    """How the losses of the same rows differ between packed and padded, as a clause; None: by rounding at most."""
+    """As `Backend.why_not_packed`; `losses` is the model's."""
+    if (kind := unusual_cache(model)) is not None:
+        return f"its layers keep what they have read as a {kind}, which knows nothing of rows in a sequence"
     try:
-        in_sequence = losses(packed)[packed.mask]
+        return why_different(losses, packed, padded, float32=_is_float32(model))
     except LOADING_ERRORS as error:
         return f"mlx-lm's model does not take them: {type(error).__name__}: {error}"
-    alone = losses(padded)[padded.mask]
-    different = np.abs(in_sequence - alone)
-    if _is_float32(model):
-        rounded = bool((different <= TOLERANCE * (1 + alone)).all())
-    else:
-        leaking = losses(replace(packed, segments=np.ones_like(packed.tokens)))[packed.mask]
-        rounded = bool(different.mean() <= SHARE_OF_LEAK * np.abs(leaking - alone).mean())
-    if rounded:
-        return None
-    return f"the loss of a token differs by {different.max():.2g} nats from its loss in a row of its own"
 
 
 def _is_float32(model: nn.Module) -> bool:

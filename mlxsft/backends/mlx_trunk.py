@@ -6,8 +6,7 @@ layers hand on more than their first argument is found out by `MlxBackend.why_no
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,22 +21,6 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
-
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-
-
-def frozen_layers(trained: Iterable[str], above: tuple[str, ...]) -> int:
-    """How many layers lie below everything that is trained, by the names of the trained tensors.
-
-    Names that begin with one of `above` lie above all layers; any other name outside the layers is below them.
-    """
-    numbers = []
-    for name in trained:
-        if match := LAYER.search(name):
-            numbers.append(int(match[1]))
-        elif not name.startswith(above):
-            return 0
-    return min(numbers, default=0)
 
 
 class Trunk:

@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from mlxsft.training.checkpoints import RunFolder
 
-BACKENDS = click.Choice(["auto", "mlx"])
+BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 
 @click.command()

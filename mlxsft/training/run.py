@@ -80,6 +80,11 @@ def run_training(
         if any_of(ranks, ended is not None):
             return
         backend = load_backend(backend_name, source)
+        if ranks.count > 1 and backend.name != "mlx":
+            raise UsageError(
+                f"several ranks train on MLX only, and this is the {backend.name} backend",
+                "Add --backend mlx, or leave out --ranks and --hosts.",
+            )
         backend.ranks = ranks
         backend.attach(recipe.adapter, recipe.train.seed)
         backend.optimize(recipe.train)

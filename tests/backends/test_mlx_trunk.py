@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlxsft.backends.adapters import frozen_layers
 from mlxsft.backends.mlx import MlxBackend, mx
-from mlxsft.backends.mlx_trunk import from_numpy, frozen_layers, to_numpy
+from mlxsft.backends.mlx_trunk import from_numpy, to_numpy
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe_training import AdapterRecipe
 from tests.backends.conftest import make_batch, rows_of, training

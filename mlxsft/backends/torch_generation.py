@@ -1,0 +1,50 @@
+"""Choosing the next token on PyTorch, as mlx-lm chooses it."""
+
+from __future__ import annotations
+
+import torch
+
+from mlxsft.backends import Sampling
+
+PENALIZED = 20  # tokens, the last of prompt and answer
+
+
+class Sampler:
+    """Logits [V] to a token id, with random numbers of its own."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
+        self._sampling, self._said = sampling, list(prompt)
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        sampling = self._sampling
+        if sampling.repetition_penalty is not None:
+            logits = self._penalized(logits, sampling.repetition_penalty)
+        token = int(logits.argmax()) if sampling.temperature == 0 else self._drawn(torch.log_softmax(logits, dim=-1))
+        self._said.append(token)
+        return token
+
+    def _penalized(self, logits: torch.Tensor, penalty: float) -> torch.Tensor:
+        """Positive logits of what was said divided, negative ones multiplied: https://arxiv.org/abs/1909.05858."""
+        said = torch.tensor(self._said[-PENALIZED:])
+        values = logits[said]
+        return logits.index_put((said,), torch.where(values < 0, values * penalty, values / penalty))
+
+    def _drawn(self, logprobs: torch.Tensor) -> int:
+        sampling, never = self._sampling, float("-inf")
+        if 0 < sampling.top_p < 1:
+            order = logprobs.argsort()
+            kept = logprobs[order].exp().cumsum(dim=-1) > 1 - sampling.top_p
+            kept[-1] = True
+            logprobs = logprobs.index_put((order[~kept],), torch.tensor(never))
+        if sampling.min_p > 0:
+            logprobs = torch.where(logprobs.exp() < sampling.min_p * logprobs.max().exp(), never, logprobs)
+        if 0 < sampling.top_k < len(logprobs):
+            likeliest, places = logprobs.topk(sampling.top_k)
+            logprobs = torch.full_like(logprobs, never).index_put((places,), likeliest)
+        probabilities = torch.softmax(logprobs / sampling.temperature, dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
