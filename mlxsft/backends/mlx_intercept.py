@@ -41,9 +41,9 @@ def _calling(kind: type, instead: Callable[..., Any]) -> Call:
 def computed_again(layers: list[nn.Module]) -> Iterator[None]:
     """Within it, the layers keep none of their activations for the backward pass, which computes them again.
 
-    `mx.checkpoint` lets that happen as soon as the forward pass is over, for all layers at once: measured, a Llama of
-    30 layers then takes more memory than without. Here a layer waits for the gradient of what it gives, and the layer
-    below it for the gradients of its own numbers, for which its activations are kept until then.
+    `mx.checkpoint` lets that happen as soon as the forward pass is over. Here a layer waits for the gradient of what it
+    gives, and the layer below it for the gradients of its own numbers, for which its activations are kept until then:
+    a further layer of SmolLM2-135M adds 2.7 MB to the peak at 2,048 tokens.
     """
 
     def again(plain: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """The frozen layers below the first trained one: what they give is the same in every epoch.
 
 Layers are found and skipped by intercepting their calls, so that nothing here knows an architecture. A model whose
-layers hand on more than their first argument is found out by `MlxBackend.why_no_trunk`, which compares losses.
+layers hand on more than their first argument is found out by `training.trunk`, which compares losses.
 """
 
 from __future__ import annotations
