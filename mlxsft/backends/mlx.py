@@ -32,6 +32,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
+from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
@@ -89,6 +90,7 @@ class MlxBackend:
         self.model.eval()
         self._adapter = MlxAdapter(self.model, {})  # none yet
         self._keys = RandomKeys()
+        self._cores = Cores(self.device)
         self._loss_of: Loss | None = None
 
     # ---- adapter
@@ -120,13 +122,20 @@ class MlxBackend:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
-        key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
-        loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
+        losses: list[mx.array] = []
+        gradient = sums.gradient
+        parts = self._cores.parts(batch)
+        for number, part in enumerate(parts):
+            key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank, number))
+            with mx.stream(part.stream):
+                inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
+                loss, more = self._gradient(parameters, key, *inputs)
+            losses.append(loss)
+            gradient = {name: gradient[name] + array for name, array in more.items()} if gradient else more
         self._set(parameters)  # differentiating leaves its own arrays in the model
-        if sums.gradient:
-            gradient = {name: sums.gradient[name] + array for name, array in gradient.items()}
-        mx.eval(loss, gradient)
-        value, trained = float(np.array(loss)), int(batch.mask[:, 1:].sum())
+        with self._cores.sharing(parts):
+            mx.eval(losses, gradient)
+        value, trained = sum(float(np.array(loss)) for loss in losses), int(batch.mask[:, 1:].sum())
         self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained, sums.batches + 1)
         return value, trained
 
@@ -151,8 +160,11 @@ class MlxBackend:
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         self._train_mode(False)
         losses = np.zeros(batch.tokens.shape, dtype=np.float32)
-        inputs = self._loss.inputs(batch, few_shapes=False)
-        losses[:, 1:][batch.mask[:, 1:]] = self._loss.each(inputs, self._trunk if batch.trunk is not None else None)
+        parts = self._cores.parts(batch)
+        trunk = self._trunk if batch.trunk is not None else None
+        found = self._computed(parts, lambda part: self._loss.each(part, trunk))
+        for part, values in zip(parts, found, strict=True):
+            losses[part.rows, 1:][part.batch.mask[:, 1:]] = values
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
@@ -164,7 +176,12 @@ class MlxBackend:
 
     def trunk(self, batch: Batch) -> NDArray[Any]:
         self._train_mode(False)
-        return to_numpy(self._loss.trunk_outputs(batch, self._trunk))
+        parts = self._cores.parts(batch)
+        found = self._computed(parts, lambda part: self._loss.trunk_outputs(part, self._trunk))
+        outputs = np.empty((*batch.tokens.shape, found[0].shape[-1]), to_numpy(found[0][:0]).dtype)
+        for part, values in zip(parts, found, strict=True):
+            outputs[part.rows] = to_numpy(values)
+        return outputs
 
     def release_trunk(self) -> None:
         fresh = load_checkpoint(self._source)  # nothing of it is in memory before it is used
@@ -192,6 +209,16 @@ class MlxBackend:
             if (alpha := self._recipe.neftune_alpha) is not None:
                 stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
             return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
+
+    def _computed(self, parts: list[Part], function: Callable[[Batch], mx.array]) -> list[mx.array]:
+        """What a function makes of each part of a batch."""
+        found = []
+        for part in parts:
+            with mx.stream(part.stream):
+                found.append(function(part.batch))
+        with self._cores.sharing(parts):
+            mx.eval(found)
+        return found
 
     def _train_mode(self, training: bool) -> None:
         if self.model.training != training:

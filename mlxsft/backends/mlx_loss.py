@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlxsft.backends.blas import load_blas
 from mlxsft.data.batches import width
@@ -70,13 +69,14 @@ class Loss:
             None if batch.trunk is None else from_numpy(batch.trunk),
         )
 
-    def each(self, inputs: Inputs, trunk: Trunk | None) -> NDArray[np.float32]:
-        """The cross-entropy in nats of every chosen place, float32 [N]."""
+    def each(self, batch: Batch, trunk: Trunk | None) -> mx.array:
+        """The cross-entropy in nats of every place of the batch that is trained, float32 [N]."""
+        inputs = self.inputs(batch, few_shapes=False)
         targets = _targets(inputs)
         with self._economical(inputs, trunk):
             if self._head is None:
-                return np.array(cross_entropy(self._all_logits(inputs), targets))
-            return np.array(chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets))
+                return cross_entropy(self._all_logits(inputs), targets)
+            return chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets)
 
     def summed(self, parameters: Arrays, inputs: Inputs, trunk: Trunk | None, train: TrainRecipe) -> mx.array:
         """Σ loss over the chosen places, differentiable by `parameters`, which are in the model."""
