@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
+from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
@@ -91,6 +93,7 @@ class MlxBackend:
         self._adapter = MlxAdapter(self.model, {})  # none yet
         self._keys = RandomKeys()
         self._cores = Cores(self.device)
+        self._by_layer = False  # whether the gradient is made layer by layer
         self._loss_of: Loss | None = None
 
     # ---- adapter
@@ -108,6 +111,7 @@ class MlxBackend:
 
     def optimize(self, train: TrainRecipe) -> None:
         self._recipe = train
+        self._by_layer, self._loss_of = train.checkpoint_activations, None
         self._step = 0
         self._state = {name: mx.zeros(shape) for name, shape in state_shapes(train, self._trainable()).items()}
         self._sums = Sums()
@@ -121,19 +125,10 @@ class MlxBackend:
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
-        parameters, sums = self._trainable(), self._sums
-        losses: list[mx.array] = []
-        gradient = sums.gradient
-        parts = self._cores.parts(batch)
-        for number, part in enumerate(parts):
-            key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank, number))
-            with mx.stream(part.stream):
-                inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
-                loss, more = self._gradient(parameters, key, *inputs)
-            losses.append(loss)
-            gradient = {name: gradient[name] + array for name, array in more.items()} if gradient else more
-        self._set(parameters)  # differentiating leaves its own arrays in the model
+        sums, parts = self._sums, self._cores.parts(batch)
         with self._cores.sharing(parts):
+            losses, gradients = zip(*self._gradients(parts), strict=True)
+            gradient = added([sums.gradient, *gradients] if sums.gradient else gradients)
             mx.eval(losses, gradient)
         value, trained = sum(float(np.array(loss)) for loss in losses), int(batch.mask[:, 1:].sum())
         self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained, sums.batches + 1)
@@ -194,21 +189,45 @@ class MlxBackend:
     def _loss(self) -> Loss:
         """Made when it is first needed: the adapter must be there."""
         if self._loss_of is None:
-            self._loss_of = Loss(self.model, self._set)
-            self.notes += [self._loss_of.note] if self._loss_of.note else []
+            self._loss_of = Loss(self.model, self._set, by_layer=self._by_layer)
+            self.notes += [note for note in self._loss_of.notes if note not in self.notes]
         return self._loss_of
 
     @property
     def _trunk(self) -> Trunk:
         return Trunk(self.model, self.trunk_layers())
 
+    def _gradients(self, parts: list[Part]) -> list[tuple[mx.array, dict[str, mx.array]]]:
+        """The summed loss of each part and its gradient."""
+        weights, steps, found = self._trainable(), [], []
+        for number, part in enumerate(parts):
+            key = mx.random.key(seed_of(self._recipe.seed, self._step, self._sums.batches, self.ranks.rank, number))
+            with mx.stream(part.stream):
+                inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
+                if self._loss.is_by_layer:
+                    within = partial(self._within, key, part.stream)
+                    steps.append(self._loss.by_layer(weights, inputs, self._trunk, self._recipe, within))
+                else:
+                    found.append(self._gradient(weights, key, *inputs))
+        found += together(steps)
+        self._set(weights)  # differentiating leaves its own arrays in the model
+        return found
+
     def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
+        with self._within(key):
+            return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
+
+    @contextmanager
+    def _within(self, key: mx.array, stream: Any = None) -> Iterator[None]:
+        """Within it, what is random in the model comes from this key."""
         self._keys.value = key
         with ExitStack() as stack:
+            if stream is not None:
+                stack.enter_context(mx.stream(stream))
             if (alpha := self._recipe.neftune_alpha) is not None:
                 stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
-            return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
+            yield
 
     def _computed(self, parts: list[Part], function: Callable[[Batch], mx.array]) -> list[mx.array]:
         """What a function makes of each part of a batch."""
@@ -297,6 +316,12 @@ class Sums:
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
     batches: int = 0
+
+
+def added(gradients: Sequence[dict[str, mx.array]]) -> dict[str, mx.array]:
+    """The sum of some gradients."""
+    first, *others = gradients
+    return {name: reduce(add, (other[name] for other in others), array) for name, array in first.items()}
 
 
 def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
