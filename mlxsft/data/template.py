@@ -258,14 +258,19 @@ class ChatTemplate:
     def prompt(self, turns: Iterable[Turn], tools: Tools = ()) -> Script:
         """The pieces before the next answer. Raises TemplateRefused."""
         turns = self._adapt(turns, tools)
-        return _pieces(self._prompt_text(turns, tools), self._answers(turns, tools))
+        text = self._prompt_text(turns, tools)
+        _check_system(turns, text)
+        return _pieces(text, self._answers(turns, tools))
 
     def scripts(self, turns: Iterable[Turn], tools: Tools = ()) -> list[Script]:
         """The pieces of each example: one for the conversation, or more where the template rewrites earlier turns.
 
         Raises TemplateRefused.
         """
-        answers = self._answers(self._adapt(turns, tools), tools)
+        turns = self._adapt(turns, tools)
+        answers = self._answers(turns, tools)
+        if answers:
+            _check_system(turns[: answers_of(turns)[-1]], answers[-1][0])
         scripts: list[Script] = []
         for i, (before, answer) in enumerate(answers):
             prompt = _pieces(before, answers[:i])
@@ -292,6 +297,12 @@ def answers_of(turns: Sequence[Turn]) -> list[int]:
     """Where the answers stand. A greeting before anything was asked is part of what is read, not an answer."""
     asked = next((i for i, turn in enumerate(turns) if turn.role not in ("system", "assistant")), len(turns))
     return [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
+
+
+def _check_system(turns: Sequence[Turn], text: str) -> None:
+    """Raises TemplateRefused where the text lacks what a system turn says that is not the first: some pass over it."""
+    if any(turn.role == "system" and turn.content.strip() not in text for turn in turns[1:]):
+        raise TemplateRefused("it leaves out a system turn that is not the first")
 
 
 def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
