@@ -35,6 +35,8 @@ def hold_out(keys: Sequence[str], share: float, *, seed: int) -> NDArray[np.bool
 
 def normalise(text: str) -> str:
     """The text without what does not make it another question: case, white space, the way accents are encoded."""
+    if text.isascii():  # the same, faster
+        return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFD", text).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 

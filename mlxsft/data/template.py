@@ -315,6 +315,9 @@ def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
     waiting: deque[str] = deque()
     made = []
     for turn in turns:
+        if turn.role != "tool" and not turn.tool_calls:
+            made.append(turn)
+            continue
         calls = []
         for call in turn.tool_calls:
             new = call.id if keep and call.id else f"{len(given):09d}"
