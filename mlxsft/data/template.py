@@ -258,14 +258,19 @@ class ChatTemplate:
     def prompt(self, turns: Iterable[Turn], tools: Tools = ()) -> Script:
         """The pieces before the next answer. Raises TemplateRefused."""
         turns = self._adapt(turns, tools)
-        return _pieces(self._prompt_text(turns, tools), self._answers(turns, tools))
+        text = self._prompt_text(turns, tools)
+        _check_system(turns, text)
+        return _pieces(text, self._answers(turns, tools))
 
     def scripts(self, turns: Iterable[Turn], tools: Tools = ()) -> list[Script]:
         """The pieces of each example: one for the conversation, or more where the template rewrites earlier turns.
 
         Raises TemplateRefused.
         """
-        answers = self._answers(self._adapt(turns, tools), tools)
+        turns = self._adapt(turns, tools)
+        answers = self._answers(turns, tools)
+        if answers:
+            _check_system(turns[: answers_of(turns)[-1]], answers[-1][0])
         scripts: list[Script] = []
         for i, (before, answer) in enumerate(answers):
             prompt = _pieces(before, answers[:i])
@@ -294,6 +299,12 @@ def answers_of(turns: Sequence[Turn]) -> list[int]:
     return [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
 
 
+def _check_system(turns: Sequence[Turn], text: str) -> None:
+    """Raises TemplateRefused where the text lacks what a system turn says that is not the first: some pass over it."""
+    if any(turn.role == "system" and turn.content.strip() not in text for turn in turns[1:]):
+        raise TemplateRefused("it leaves out a system turn that is not the first")
+
+
 def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
     """The turns with an id for every call, and that of its call for every result.
 
@@ -304,6 +315,9 @@ def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
     waiting: deque[str] = deque()
     made = []
     for turn in turns:
+        if turn.role != "tool" and not turn.tool_calls:
+            made.append(turn)
+            continue
         calls = []
         for call in turn.tool_calls:
             new = call.id if keep and call.id else f"{len(given):09d}"
