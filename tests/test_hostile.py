@@ -230,34 +230,38 @@ def test_the_commands_work_on_a_good_model(place: Place, command: str) -> None:
     assert outcome.code == 0
 
 
-@pytest.fixture(scope="module")
-def made(place: Place) -> Callable[[str], tuple[Path, dict[str, tuple[int, int]]]]:
-    """The folder of a case, made when the case begins, with its contents; that of the case before is deleted."""
-    kept: dict[str, tuple[Path, dict[str, tuple[int, int]]]] = {}
+Contents = dict[str, tuple[int, int]]
+Made = Callable[[str, bool], tuple[Path, Contents]]
 
-    def make(case: str) -> tuple[Path, dict[str, tuple[int, int]]]:
-        if case not in kept:
+
+@pytest.fixture(scope="module")
+def made(place: Place) -> Made:
+    """The folder of a case, a model or an adapter, made when the case begins, with its contents.
+
+    That of the case before is deleted then.
+    """
+    kept: dict[tuple[str, bool], tuple[Path, Contents]] = {}
+
+    def make(case: str, adapter: bool) -> tuple[Path, Contents]:
+        if (case, adapter) not in kept:
             for folder, _ in kept.values():
                 shutil.rmtree(folder)
             kept.clear()
             folder = place.root / "case"
-            if case in ADAPTERS:
+            if adapter:
                 hostile.make_adapter(case, folder, place.outside)
             else:
                 hostile.make_model(case, place.good, folder, place.outside)
-            kept[case] = folder, contents(folder)
-        return kept[case]
+            kept[case, adapter] = folder, contents(folder)
+        return kept[case, adapter]
 
     return make
-
-
-Made = Callable[[str], tuple[Path, dict[str, tuple[int, int]]]]
 
 
 @pytest.mark.parametrize("command", MODEL_COMMANDS)
 @pytest.mark.parametrize("case", MODELS)
 def test_a_hostile_model_is_refused(place: Place, made: Made, case: str, command: str) -> None:
-    folder, before = made(case)
+    folder, before = made(case, False)
     outcome = place.run(MODEL_COMMANDS[command](str(folder), place.work), folder)
     untouched(place, outcome, before, folder)
     if command in LOADING or not MODELS[case].loads:
@@ -269,7 +273,7 @@ def test_a_hostile_model_is_refused(place: Place, made: Made, case: str, command
 @pytest.mark.parametrize("command", MODEL_COMMANDS)
 @pytest.mark.parametrize("case", HARMLESS)
 def test_bait_that_nobody_takes_does_no_harm(place: Place, made: Made, case: str, command: str) -> None:
-    folder, before = made(case)
+    folder, before = made(case, False)
     outcome = place.run(MODEL_COMMANDS[command](str(folder), place.work), folder)
     untouched(place, outcome, before, folder)
     assert outcome.code == 0
@@ -278,7 +282,7 @@ def test_bait_that_nobody_takes_does_no_harm(place: Place, made: Made, case: str
 @pytest.mark.parametrize("command", ADAPTER_COMMANDS)
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_a_hostile_adapter_is_refused(place: Place, made: Made, case: str, command: str) -> None:
-    folder, before = made(case)
+    folder, before = made(case, True)
     outcome = place.run(ADAPTER_COMMANDS[command](str(place.good), str(folder), place.work), folder)
     untouched(place, outcome, before, folder)
     refused(outcome, ADAPTERS[case])
@@ -309,7 +313,7 @@ def test_a_hostile_model_is_refused_by_a_process_started_in_its_folder(
             "-m",
             "mlxsft",
             *arguments,
-        ],  # -P: as the script `mlxsft`, which has no folder of its own
+        ],  # -P: as the script `mlxsft` does it
         cwd=folder,
         env={**place.watched.environment, "PYTHONPATH": str(ROOT)},
         input="hi",

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Template, nodes, pass_eval_context
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.filters import FILTERS, do_batch, do_indent, do_join, do_slice
+from jinja2.filters import FILTERS, do_batch, do_indent, do_join, sync_do_slice
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -218,7 +218,7 @@ def _batch(value: Iterable[Any], linecount: int, fill_with: Any = None) -> list[
 
 def _slice(value: Any, slices: int, fill_with: Any = None) -> list[list[Any]]:
     _refuse_over(ITEMS, slices)
-    return list(do_slice(value, slices, fill_with))
+    return list(sync_do_slice(value, slices, fill_with))
 
 
 def _tojson(theirs: Callable[..., str]) -> Callable[..., str]:

@@ -163,7 +163,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if kind == "full":
         return
     layers = config.get("num_layers")
-    if not _is_number(layers, whole=True) or layers < -1:  # -1 stands for all
+    if not isinstance(layers, int) or not _is_number(layers) or layers < -1:  # -1 stands for all
         yield f"{CONFIG}: num_layers is {layers!r}, expected a whole number"
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):

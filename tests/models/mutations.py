@@ -1,4 +1,4 @@
-"""2,000 safetensors files gone wrong, read by us, by the reference parser and by MLX: `python -m tests.models.mutations`.
+"""Safetensors files gone wrong, read by us, the reference parser and MLX: `python -m tests.models.mutations COUNT`.
 
 It is a process of its own, so that a crash is seen. Prints one JSON object: how many were `accepted`, how many
 `rejected`, and `wrong`, the disagreements.
