@@ -258,8 +258,12 @@ def split_at(regex: str) -> Change:
 
 
 def replacing(pattern: str, content: str, times: int) -> Change:
-    step = {"type": "Replace", "pattern": {"String": pattern}, "content": content}
-    return tokenizer(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [step] * times}))
+    steps = [step_of(pattern, content)] * times
+    return tokenizer(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": steps}))
+
+
+def step_of(pattern: str, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
 
 
 def template(text: str) -> Change:
@@ -501,6 +505,10 @@ MODELS: dict[str, Hostile] = {
     "regex that never ends": Hostile(split_at("((?:[a-z]|[a-z ]|[a-z.])+)+!$"), "tokenizer"),
     "normalizer that doubles": Hostile(replacing("a", "aa", 40), "tokenizer.json"),
     "normalizer that bloats": Hostile(replacing("a", "a" * 1_000_000, 1), "tokenizer.json"),
+    "decoder that doubles": Hostile(
+        tokenizer(lambda t: t.update(decoder={"type": "Sequence", "decoders": [step_of("a", "aa")] * 40})),
+        "tokenizer.json: its decoder",
+    ),
     "tokenizer_config a list": Hostile(write("tokenizer_config.json", "[]"), "tokenizer_config.json: expected"),
     "eos_token an object": Hostile(edit("tokenizer_config.json", eos_token={"evil": 1}), "tokenizer"),
     "eos_token a number": Hostile(edit("tokenizer_config.json", eos_token=7), "token"),
@@ -538,6 +546,7 @@ HARMLESS: dict[str, Change] = {
     "code that nothing names": code("evil.py", "json.py", "mlx_lm.py", "transformers.py", "sitecustomize.py"),
     "pickle that nothing names": all_of(pickled("pytorch_model.bin"), pickled("training_args.bin")),
     "names of elsewhere": edit("config.json", _name_or_path="../outside", transformers_version="999"),
+    "outputs of another kind": edit("config.json", return_dict=False, output_attentions=True),
     "folder as template": in_place_of("chat_template.jinja", lambda p, o: p.mkdir()),
     "README with control characters": write("README.md", CLEAR),
 }

@@ -297,7 +297,8 @@ def token_ids(folder: Path, names: Collection[str], tokenizer_config: Json) -> I
 
 def _fast_ids(tokenizer: Json) -> Iterator[tuple[object, object]]:
     """(id, token) of tokenizer.json, both as declared and as the tokenizers library will number them."""
-    _refuse_growth(tokenizer.get("normalizer"))
+    for step in ("normalizer", "decoder"):
+        _refuse_growth(step, tokenizer.get(step))
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram: [piece, score], the id is the position
@@ -317,14 +318,14 @@ def _fast_ids(tokenizer: Json) -> Iterator[tuple[object, object]]:
             following += 1
 
 
-def _refuse_growth(normalizer: object) -> None:
+def _refuse_growth(step: str, content: object) -> None:
     """Replacements of tokenizer.json that turn a short text into an endless one, each by itself or one on the other."""
     growth = 1
-    for _, key, value in walk(normalizer):
+    for _, key, value in walk(content):
         if key in ("content", "prepend") and isinstance(value, str):
             growth *= max(1, len(value))
         if growth > TEXT_GROWTH:
-            raise InputRefused(f"tokenizer.json: its normalizer makes texts more than {TEXT_GROWTH} times as long")
+            raise InputRefused(f"tokenizer.json: its {step} makes texts more than {TEXT_GROWTH} times as long")
 
 
 def refuse_ids_beyond(rows: int | None, ids: Iterable[tuple[str, object, object]]) -> None:

@@ -27,7 +27,7 @@ TEMPLATES = [
     "{% endfor %}{{ ns.all }}{{ {'a': (1, 2), 'b': [3]} }}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}",
     "{% macro m(x, y=2) %}{{ x }}{{ y }}{{ caller() if caller }}{% endmacro %}{{ m(1) }}{% call m(3) %}in{% endcall %}",
     "{%- for m in messages -%}\n  {%- if loop.first %}{% continue %}{% endif %}\n {{ m.role }}\n{% endfor %}{{ x.y }}",
-    "{% generation %}{{ messages[1].content | trim | upper }}{% endgeneration %}{{ messages | selectattr('role') | first }}",
+    "{% generation %}{{ messages[1].content | trim | upper }}{% endgeneration %}",
     "{% set x %}a{{ 1 }}{% endset %}{{ x }}{{ x is string }}{{ messages[-1:] }}{{ 'a' in 'abc' }}{{ dict(a=1) }}",
     "{{ ('a', 'b') | first }}{{ [[2, 'b'], [1, 'a']] | sort | list }}{{ {'b': 1, 'a': 2} | dictsort }}{{ 3.7 | int }}",
 ]
