@@ -546,6 +546,21 @@ HARMLESS: dict[str, Change] = {
     "code that nothing names": code("evil.py", "json.py", "mlx_lm.py", "transformers.py", "sitecustomize.py"),
     "pickle that nothing names": all_of(pickled("pytorch_model.bin"), pickled("training_args.bin")),
     "names of elsewhere": edit("config.json", _name_or_path="../outside", transformers_version="999"),
+    "quantization of wrong numbers": edit("config.json", quantization={"bits": 1 << 40, "group_size": 0}),
+    "generation_config of wrong types": edit("generation_config.json", temperature="x", top_k=[1], max_length=-1),
+    "padding to 10**9": tokenizer(
+        lambda t: t.update(
+            padding={
+                "strategy": {"Fixed": 10**9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<s>",
+            },
+            truncation={"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        )
+    ),
     "outputs of another kind": edit("config.json", return_dict=False, output_attentions=True),
     "folder as template": in_place_of("chat_template.jinja", lambda p, o: p.mkdir()),
     "README with control characters": write("README.md", CLEAR),
