@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What mlx-lm raises for config.json and tensors that it cannot use; it checks little itself.
 LOADING_ERRORS = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
     *(RuntimeError, OSError),  # of MLX, reading the files
     SystemExit,  # of OLMo's first model, where a package is missing
 )

@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 # What transformers raises for config.json and tensors that it cannot use.
 LOADING_ERRORS = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
     *(RuntimeError, OSError, ImportError),
 )
 # Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both.
@@ -46,6 +46,7 @@ def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # the tensors are dequantized here
+            config.return_dict = True  # a config.json may say otherwise
             with torch.device("meta"):
                 model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             tensors = read_tensors(source)

@@ -17,6 +17,7 @@ from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.train import train
 from mlxsft.errors import Interrupted, MlxsftError, UsageError
+from mlxsft.terminal import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,9 +54,9 @@ def report(error: MlxsftError) -> None:
     """Write an error and its hint to stderr."""
     if not isinstance(error, Interrupted):  # which was asked for
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True, color=_colour())
-    click.echo(error.message, err=True)
+    click.echo(printable(error.message), err=True)
     if error.hint:
-        click.echo(f"  {error.hint}", err=True)
+        click.echo(f"  {printable(error.hint)}", err=True)
 
 
 def _colour() -> bool | None:
