@@ -10,9 +10,11 @@ import click
 
 from mlxsft import __version__
 from mlxsft.cli.chat import chat
+from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
 from mlxsft.cli.generate import generate
+from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.train import train
@@ -26,7 +28,7 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, data, recipes, doctor):
+for command in (train, runs, generate, chat, pull, convert, quantize, verify, data, recipes, doctor):
     app.add_command(command)
 
 
