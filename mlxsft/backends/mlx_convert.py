@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxsft.backends.blas import load_blas
 from mlxsft.errors import InputRefused, OutOfResources, UsageError
-from mlxsft.models.checks import some
 from mlxsft.models.dequantize import MODES
+from mlxsft.models.headers import some
 from mlxsft.models.quantize import QuantizationPlan, Scheme
 from mlxsft.models.shards import Layout
 

@@ -15,7 +15,7 @@ from mlxsft import __version__
 from mlxsft.backends import Conversion, load_conversion
 from mlxsft.errors import InputRefused, OutOfResources, UsageError
 from mlxsft.hub import Tell
-from mlxsft.models import checks
+from mlxsft.models import checks, headers
 from mlxsft.models.card import CARD, card_text, origin, own_lock
 from mlxsft.models.lock import Lock, hashed, names_in, write_lock
 from mlxsft.models.quantize import QuantizationPlan, QuantizeSettings, make_plan
@@ -130,7 +130,7 @@ def _prepare(conversion: Conversion, settings: ConvertSettings) -> tuple[Quantiz
         raise InputRefused(f"nothing to quantize: no matrix has rows that divide into groups of {default.group_size}")
     conversion.quantize(plan)
     odd = [path for path, shape in shapes.items() if path not in plan.modules and shape[-1] % default.group_size]
-    kept = f"{checks.some(odd)}: stay as they are, their rows do not divide into groups of {default.group_size}"
+    kept = f"{headers.some(odd)}: stay as they are, their rows do not divide into groups of {default.group_size}"
     return plan, [kept] if odd else []
 
 

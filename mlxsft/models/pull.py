@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.hub import Tell, optional_file
-from mlxsft.models import checks
+from mlxsft.models import checks, headers
 from mlxsft.models.card import CARD, origin
 from mlxsft.models.lock import LOCK, Lock, Verdict, hashed, lock_path, names_in, read_lock, verify, write_lock
 from mlxsft.models.shards import FileHash
@@ -78,7 +78,7 @@ def _refuse_damaged(source: ModelSource, files: dict[str, FileHash]) -> None:
     damaged = [name for name in source.files if files[name].sha256 != source.hash_of(name)]
     if damaged:
         raise InputRefused(
-            f"{source.name}: {checks.some(damaged)} in the Hub's cache is not what the Hub has",
+            f"{source.name}: {headers.some(damaged)} in the Hub's cache is not what the Hub has",
             f"Remove {(source.folder / damaged[0]).resolve()} and pull again.",
         )
 

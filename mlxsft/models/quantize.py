@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from mlxsft.errors import UsageError
-from mlxsft.models.checks import some
 from mlxsft.models.dequantize import MODES
+from mlxsft.models.headers import some
 
 MIXED = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's, by their lower and higher bits
 UNQUANTIZED = 16  # of --bits-for: the numbers stay as they are
