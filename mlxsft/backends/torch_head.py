@@ -16,8 +16,8 @@ from torch import nn
 from mlxsft.backends.torch_intercept import intercepted
 from mlxsft.backends.torch_models import LOADING_ERRORS, is_tied, mlx_name
 
-# Of float32 logits, of which a chunk has two. Below 32 MiB, which glibc gives back to the system whenever they are free,
-# so that their pages would be zeroed anew for every chunk.
+# Of float32 logits, of which a chunk has two. From 32 MiB on, glibc takes every array from the system anew, its pages
+# not there yet; smaller ones it uses again.
 CHUNK_BYTES = 24 * 2**20
 CHUNK_ROWS = 128  # at least: for fewer, reading the matrix takes longer than multiplying
 TOLERANCE = 1e-4  # of logits, absolute and relative
