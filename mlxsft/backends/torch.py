@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
@@ -196,9 +197,14 @@ class TorchBackend:
         """The logits [V] of what follows the cache and these tokens, which are then in it."""
         ids, head = torch.tensor([tokens]), self._loss.head
         if head is None:
-            logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits: torch.Tensor = self.model(input_ids=ids, **self._cached(cache)).logits[0, -1]
             return logits
-        return head.logits(head.hidden(ids, past_key_values=cache, use_cache=True)[0, -1:])[0]
+        return head.logits(head.hidden(ids, **self._cached(cache))[0, -1:])[0]
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """The arguments of a model that reads a cache and adds to it; newer transformers call the first `cache`."""
+        names = inspect.signature(self.model.forward).parameters
+        return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
 
     # ---- state
 

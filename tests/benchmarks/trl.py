@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def arguments() -> argparse.Namespace:
 def child(who: str) -> dict[str, Any]:
     """One trainer in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.trl", *sys.argv[1:], "--child", who]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as mlxsft sets it: TRL is not made to spin
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
