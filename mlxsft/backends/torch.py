@@ -23,7 +23,7 @@ from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.packing import why_different
 from mlxsft.backends.torch_adapters import TorchAdapter, low_rank_layers
 from mlxsft.backends.torch_generation import Sampler
-from mlxsft.backends.torch_loss import Loss
+from mlxsft.backends.torch_loss import Loss, pieces
 from mlxsft.backends.torch_models import LOADING_ERRORS, decoder_layers, load_checkpoint, parameter_count
 from mlxsft.backends.torch_random import RandomKeys, noisy
 from mlxsft.backends.torch_trunk import Trunk
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 PREFILL = 2048  # tokens of a prompt that are computed at once
+# Tokens of a micro-batch that are trained at once, or one row: more would take memory for their activations.
+AT_ONCE = 1024
 PLAIN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache can forget its last tokens
 
 
@@ -79,18 +81,21 @@ class TorchBackend:
         self._noise = self._keys.number()
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
-        recipe, sums, loss = self._recipe, self._sums, self._loss  # the loss is tried out before there is noise
         self._restore(batch)
+        return sum(map(self._accumulate, pieces(batch, AT_ONCE))), int(batch.mask[:, 1:].sum())
+
+    def _accumulate(self, piece: Batch) -> float:
+        recipe, sums, loss = self._recipe, self._sums, self._loss  # the loss is tried out before there is noise
         self._train_mode(seed_of(recipe.seed, self._step, sums.batches))
         with ExitStack() as stack:
             stack.callback(self._train_mode, None)
             if (alpha := recipe.neftune_alpha) is not None:
                 embedding = self.model.get_input_embeddings()
                 stack.enter_context(noisy(embedding, alpha, self._keys.of(self._noise)))
-            value = loss.backward(batch, self._trunk_of(batch), recipe)
-        trained = int(batch.mask[:, 1:].sum())
+            value = loss.backward(piece, self._trunk_of(piece), recipe)
+        trained = int(piece.mask[:, 1:].sum())
         self._sums = Sums(sums.loss + value, sums.tokens + trained, sums.batches + 1)
-        return value, trained
+        return value
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is taken without its types
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,21 @@ class Loss:
     def _all_logits(self, inputs: Inputs) -> torch.Tensor:
         logits: torch.Tensor = self._model(input_ids=inputs.tokens[:, :-1], **_positions(inputs.positions)).logits
         return logits.flatten(0, 1)[inputs.chosen]
+
+
+def pieces(batch: Batch, tokens: int) -> Iterator[Batch]:
+    """The rows of a batch in groups of at most so many tokens, or of one row.
+
+    Each is cut after its last trained token: what follows has no part in any loss. A group without one is left out.
+    """
+    rows = max(1, tokens // batch.tokens.shape[1])
+    for start in range(0, len(batch.tokens), rows):
+        trained = np.flatnonzero(batch.mask[start : start + rows].any(axis=0))
+        if len(trained):
+            place = (slice(start, start + rows), slice(trained[-1] + 1))
+            segments = None if batch.segments is None else batch.segments[place]
+            trunk = None if batch.trunk is None else batch.trunk[place]
+            yield replace(batch, tokens=batch.tokens[place], mask=batch.mask[place], segments=segments, trunk=trunk)
 
 
 def loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[float, torch.Tensor]:
