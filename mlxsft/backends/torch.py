@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PREFILL = 2048  # tokens of a prompt that are computed at once
 # Tokens of a micro-batch that are trained at once, or one row: more would take memory for their activations.
-AT_ONCE = 1024
+AT_ONCE = 768
 PLAIN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache can forget its last tokens
 
 

@@ -116,12 +116,14 @@ class Loss:
 
 
 def pieces(batch: Batch, tokens: int) -> Iterator[Batch]:
-    """The rows of a batch in groups of at most so many tokens, or of one row.
+    """The rows of a batch in equal groups of at most so many tokens, or of one row.
 
     Each is cut after its last trained token: what follows has no part in any loss. A group without one is left out.
     """
-    rows = max(1, tokens // batch.tokens.shape[1])
-    for start in range(0, len(batch.tokens), rows):
+    count, width = batch.tokens.shape
+    groups = -(-count // max(1, tokens // width))
+    rows = -(-count // groups)
+    for start in range(0, count, rows):
         trained = np.flatnonzero(batch.mask[start : start + rows].any(axis=0))
         if len(trained):
             place = (slice(start, start + rows), slice(trained[-1] + 1))
