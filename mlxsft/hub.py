@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Literal
@@ -50,6 +50,18 @@ def download(repo: str, commit: str, sizes: Mapping[str, int], kind: Kind, tell:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise NetworkFailed(f"{repo}: the Hub did not send {some}", "Try again: the rest is kept.")
     return folder
+
+
+def optional_file(repo: str, commit: str, name: str, kind: Kind = "model") -> Path | None:
+    """A file of a commit, from the cache where it is there; None where it cannot be had, for whatever reason."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, revision=commit, repo_type=kind)
+    if isinstance(cached, str):
+        return Path(cached)
+    with suppress(NetworkFailed), hub_errors(repo, commit, kind):
+        return Path(hf_hub_download(repo, name, revision=commit, repo_type=kind))
+    return None
 
 
 @contextmanager

@@ -15,9 +15,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks and tabs spelled out too: names in it could fake lines of ours."""
+    return printable(text).translate({10: "\\n", 9: "\\t"})
+
+
 def told(message: str) -> None:
     """Say something about what goes on, on stderr, where it is not in the way of results."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def colours_wanted() -> bool:

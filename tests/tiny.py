@@ -98,6 +98,7 @@ def write_llama(
     seed: int = 0,
     tokenizer_from: Path | None = None,
     embeddings: int = 0,
+    width: int = 32,
     **tokenizer: Any,
 ) -> Path:
     """A Llama checkpoint of a few ten thousand parameters in `folder`, with at least so many `embeddings`."""
@@ -106,8 +107,8 @@ def write_llama(
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -3,6 +3,7 @@
 Sums cross it, never means: losses are summed nats, gradients are added up inside, and `apply` divides by the trained
 tokens of the whole step. One row at a time, all rows at once and two machines therefore make the same update.
 `backends/mlx.py` and `backends/torch.py` have the same verbs in the same order, so that they read side by side.
+Converting is the other thing that is asked, of mlx-lm alone: tensors cross one by one, as bytes (`Conversion`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,8 @@ from mlxsft.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
+    from mlxsft.models.quantize import QuantizationPlan, Scheme
+    from mlxsft.models.shards import Layout
     from mlxsft.models.source import ModelSource
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
@@ -169,6 +172,63 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the backend is of no use afterwards."""
+
+
+class Conversion(Protocol):
+    """A checkpoint on its way to MLX's layout: what it is to become is said first, and numbers are read last.
+
+    Only MLX has one, because the layout and the rules of each architecture are mlx-lm's.
+    """
+
+    config: dict[str, Any]  # config.json as it will be
+
+    def quantized(self) -> set[str]:
+        """Paths of the modules whose weights are quantized."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """[..., rows, columns] of each weight that can be quantized, by module path."""
+
+    def preferred(self, scheme: Scheme, mixed: str | None) -> dict[str, Scheme | None]:
+        """What each of those modules gets by mlx-lm's rules, where `scheme` is asked for; None: it stays as it is.
+
+        `mixed` is a name of `quantize.MIXED`, else the architecture's own rules count. Raises UsageError where mlx-lm
+        has no mixed bits for the architecture.
+        """
+
+    def parameters(self) -> int:
+        """How many numbers the model has; a quantized one as many as before."""
+
+    def cast(self, dtype: str | None) -> None:
+        """Turn the numbers into float32, float16 or bfloat16; None: into what config.json says, if it says anything."""
+
+    def dequantize(self) -> None:
+        """Make plain numbers of what is quantized. Raises InputRefused where mlx-lm cannot."""
+
+    def quantize(self, plan: QuantizationPlan) -> None:
+        """Quantize the modules that the plan names."""
+
+    def layouts(self) -> dict[str, Layout]:
+        """The tensors of the result, in the order of `read`."""
+
+    def read(self) -> Iterator[tuple[str, memoryview]]:
+        """(name, bytes) of each tensor of the result. It gives memory back as it goes, and can be asked for once.
+
+        Raises InputRefused for files that cannot be read, OutOfResources where memory does not suffice.
+        """
+
+    def write_config(self, path: str) -> None:
+        """Write config.json."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that arrays took so far."""
+
+
+def load_conversion(source: ModelSource) -> Conversion:
+    """A verified checkpoint, to be written in MLX's layout. Raises as `load_backend` does."""
+    require_mlx()
+    from mlxsft.backends.mlx_convert import MlxConversion
+
+    return MlxConversion(source)
 
 
 def load_backend(name: str, source: ModelSource) -> Backend:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.errors import InputRefused, UsageError
+from mlxsft.models.adapter import listed
 
 if TYPE_CHECKING:
     from mlxsft.backends import Tensors
@@ -88,4 +89,4 @@ def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors, *,
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise InputRefused("\n  ".join([f"{what} does not fit this model:", *problems]), "Was it made on another base?")
+        raise InputRefused(listed(f"{what} does not fit this model:", problems), "Was it made on another base?")

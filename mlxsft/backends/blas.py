@@ -22,6 +22,11 @@ from mlxsft.errors import UsageError
 
 VARIABLE = "MLXSFT_BLAS"
 
+# MLX computes what is asked for in the order of its depth, or where that means more than so many arrays at once, one
+# result after the other: 20 unless this says otherwise. Parts of a batch on several cores are computed side by side in
+# the first order alone.
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000") if sys.platform == "linux" else None
+
 # In this order: libopenblas.so.0 of Fedora has one thread, its libopenblasp.so.0 has many; elsewhere only .so.0 exists.
 OPENBLAS = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so")
 MKL = ("libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
@@ -103,6 +108,26 @@ def _load(candidate: str) -> Blas:
         version = re.search(r"\d+(\.\d+)+", buffer.value.decode())
         return Blas("MKL", path, version.group() if version else None)
     return Blas(Path(path).name, path, None)
+
+
+def blas_threads() -> int:
+    """How many cores a matrix product of the loaded library uses; 1 where that cannot be changed."""
+    blas, _ = load_blas()
+    getter = _THREADS.get(blas.name, ("", ""))[0] if blas else ""
+    return int(getattr(ctypes.CDLL(blas.path), getter)()) if blas and getter else 1
+
+
+def set_blas_threads(count: int) -> None:
+    """Let matrix products of the loaded library use so many cores, from now on."""
+    blas, _ = load_blas()
+    if blas and blas.name in _THREADS:
+        getattr(ctypes.CDLL(blas.path), _THREADS[blas.name][1])(count)
+
+
+_THREADS = {  # the functions that get and set it
+    "OpenBLAS": ("openblas_get_num_threads", "openblas_set_num_threads"),
+    "MKL": ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+}
 
 
 class _Symbol(ctypes.Structure):

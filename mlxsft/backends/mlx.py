@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
+from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
+from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
@@ -89,6 +92,8 @@ class MlxBackend:
         self.model.eval()
         self._adapter = MlxAdapter(self.model, {})  # none yet
         self._keys = RandomKeys()
+        self._cores = Cores(self.device)
+        self._by_layer = False  # whether the gradient is made layer by layer
         self._loss_of: Loss | None = None
 
     # ---- adapter
@@ -106,6 +111,7 @@ class MlxBackend:
 
     def optimize(self, train: TrainRecipe) -> None:
         self._recipe = train
+        self._by_layer, self._loss_of = train.checkpoint_activations, None
         self._step = 0
         self._state = {name: mx.zeros(shape) for name, shape in state_shapes(train, self._trainable()).items()}
         self._sums = Sums()
@@ -119,14 +125,12 @@ class MlxBackend:
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
-        parameters, sums = self._trainable(), self._sums
-        key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
-        loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
-        self._set(parameters)  # differentiating leaves its own arrays in the model
-        if sums.gradient:
-            gradient = {name: sums.gradient[name] + array for name, array in gradient.items()}
-        mx.eval(loss, gradient)
-        value, trained = float(np.array(loss)), int(batch.mask[:, 1:].sum())
+        sums, parts = self._sums, self._cores.parts(batch)
+        with self._cores.sharing(parts):
+            losses, gradients = zip(*self._gradients(parts), strict=True)
+            gradient = added([sums.gradient, *gradients] if sums.gradient else gradients)
+            mx.eval(losses, gradient)
+        value, trained = sum(float(np.array(loss)) for loss in losses), int(batch.mask[:, 1:].sum())
         self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained, sums.batches + 1)
         return value, trained
 
@@ -151,8 +155,11 @@ class MlxBackend:
     def losses(self, batch: Batch) -> NDArray[np.float32]:
         self._train_mode(False)
         losses = np.zeros(batch.tokens.shape, dtype=np.float32)
-        inputs = self._loss.inputs(batch, few_shapes=False)
-        losses[:, 1:][batch.mask[:, 1:]] = self._loss.each(inputs, self._trunk if batch.trunk is not None else None)
+        parts = self._cores.parts(batch)
+        trunk = self._trunk if batch.trunk is not None else None
+        found = self._computed(parts, lambda part: self._loss.each(part, trunk))
+        for part, values in zip(parts, found, strict=True):
+            losses[part.rows, 1:][part.batch.mask[:, 1:]] = values
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
@@ -164,7 +171,12 @@ class MlxBackend:
 
     def trunk(self, batch: Batch) -> NDArray[Any]:
         self._train_mode(False)
-        return to_numpy(self._loss.trunk_outputs(batch, self._trunk))
+        parts = self._cores.parts(batch)
+        found = self._computed(parts, lambda part: self._loss.trunk_outputs(part, self._trunk))
+        outputs = np.empty((*batch.tokens.shape, found[0].shape[-1]), to_numpy(found[0][:0]).dtype)
+        for part, values in zip(parts, found, strict=True):
+            outputs[part.rows] = to_numpy(values)
+        return outputs
 
     def release_trunk(self) -> None:
         fresh = load_checkpoint(self._source)  # nothing of it is in memory before it is used
@@ -177,21 +189,55 @@ class MlxBackend:
     def _loss(self) -> Loss:
         """Made when it is first needed: the adapter must be there."""
         if self._loss_of is None:
-            self._loss_of = Loss(self.model, self._set)
-            self.notes += [self._loss_of.note] if self._loss_of.note else []
+            self._loss_of = Loss(self.model, self._set, by_layer=self._by_layer)
+            self.notes += [note for note in self._loss_of.notes if note not in self.notes]
         return self._loss_of
 
     @property
     def _trunk(self) -> Trunk:
         return Trunk(self.model, self.trunk_layers())
 
+    def _gradients(self, parts: list[Part]) -> list[tuple[mx.array, dict[str, mx.array]]]:
+        """The summed loss of each part and its gradient."""
+        weights, steps, found = self._trainable(), [], []
+        for number, part in enumerate(parts):
+            key = mx.random.key(seed_of(self._recipe.seed, self._step, self._sums.batches, self.ranks.rank, number))
+            with mx.stream(part.stream):
+                inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
+                if self._loss.is_by_layer:
+                    within = partial(self._within, key, part.stream)
+                    steps.append(self._loss.by_layer(weights, inputs, self._trunk, self._recipe, within))
+                else:
+                    found.append(self._gradient(weights, key, *inputs))
+        found += together(steps)
+        self._set(weights)  # differentiating leaves its own arrays in the model
+        return found
+
     def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
+        with self._within(key):
+            return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
+
+    @contextmanager
+    def _within(self, key: mx.array, stream: Any = None) -> Iterator[None]:
+        """Within it, what is random in the model comes from this key."""
         self._keys.value = key
         with ExitStack() as stack:
+            if stream is not None:
+                stack.enter_context(mx.stream(stream))
             if (alpha := self._recipe.neftune_alpha) is not None:
                 stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
-            return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
+            yield
+
+    def _computed(self, parts: list[Part], function: Callable[[Batch], mx.array]) -> list[mx.array]:
+        """What a function makes of each part of a batch."""
+        found = []
+        for part in parts:
+            with mx.stream(part.stream):
+                found.append(function(part.batch))
+        with self._cores.sharing(parts):
+            mx.eval(found)
+        return found
 
     def _train_mode(self, training: bool) -> None:
         if self.model.training != training:
@@ -270,6 +316,12 @@ class Sums:
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
     batches: int = 0
+
+
+def added(gradients: Sequence[dict[str, mx.array]]) -> dict[str, mx.array]:
+    """The sum of some gradients."""
+    first, *others = gradients
+    return {name: reduce(add, (other[name] for other in others), array) for name, array in first.items()}
 
 
 def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:

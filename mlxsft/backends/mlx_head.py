@@ -132,17 +132,12 @@ def summed_loss(
     `smoothing` s it is (1 − s) of that and s of the mean over the vocabulary (https://arxiv.org/abs/1512.00567).
     """
     names = list(parameters)
-
-    def loss_of(hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array) -> mx.array:
-        head.place(dict(zip(names, values, strict=True)))
-        losses = cross_entropy(head.logits(hidden), targets, smoothing)
-        return (losses * weights).sum()
+    gradient = chunk_gradient(head, names, smoothing)
 
     @mx.custom_function
     def chunked(
         hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array, list[mx.array]]:
-        gradient = mx.value_and_grad(loss_of, argnums=(0, 1))
         total, slopes = mx.array(0.0), [mx.zeros_like(value) for value in values]
         hidden_slopes: list[mx.array] = []
         for start in range(0, hidden.shape[0], rows := head.chunk_rows):
@@ -169,6 +164,21 @@ def summed_loss(
     total: mx.array = outputs[0]
     head.place(parameters)
     return total
+
+
+def chunk_gradient(head: Head, names: list[str], smoothing: float) -> Callable[..., Any]:
+    """Σ weight × loss of inputs of the head, and its gradients by those and by the weights of the head of these names.
+
+    Takes inputs [N, D], the weights, targets [N] and how much each counts [N].
+    """
+
+    def loss_of(hidden: mx.array, values: list[mx.array], targets: mx.array, weights: mx.array) -> mx.array:
+        head.place(dict(zip(names, values, strict=True)))
+        losses = cross_entropy(head.logits(hidden), targets, smoothing)
+        return (losses * weights).sum()
+
+    found: Callable[..., Any] = mx.value_and_grad(loss_of, argnums=(0, 1))
+    return found
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, smoothing: float = 0.0) -> mx.array:

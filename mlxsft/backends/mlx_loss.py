@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlxsft.backends.blas import load_blas
 from mlxsft.data.batches import width
@@ -22,7 +21,7 @@ import mlx.nn as nn  # noqa: E402
 
 from mlxsft.backends.mlx_attention import economical_functions  # noqa: E402
 from mlxsft.backends.mlx_head import Arrays, Head, chunked_losses, cross_entropy, summed_loss  # noqa: E402
-from mlxsft.backends.mlx_intercept import computed_again  # noqa: E402
+from mlxsft.backends.mlx_layers import ByLayer, Steps, Within  # noqa: E402
 from mlxsft.backends.mlx_packing import isolation  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, from_numpy  # noqa: E402
 
@@ -42,16 +41,27 @@ class Inputs(NamedTuple):
 
 
 class Loss:
-    """The loss of a model's batches. `note` says what this model cannot have, as a sentence."""
+    """The loss of a model's batches. `notes` say what this model cannot have, in sentences."""
 
-    def __init__(self, model: nn.Module, place: Callable[[Arrays], None]) -> None:
-        """`place` puts trained numbers into the model."""
+    def __init__(self, model: nn.Module, place: Callable[[Arrays], None], *, by_layer: bool = False) -> None:
+        """`place` puts trained numbers into the model; `by_layer`: the gradient is made layer by layer."""
         self._model = model
         self._head: Head | None = Head(model, place)
-        self.note = ""
+        self._by_layer: ByLayer | None = None
+        self.notes: list[str] = []
         if (why := self._head.why_not()) is not None:
             self._head = None
-            self.note = f"the output head is applied to every position, which takes memory and time: {why}"
+            self.notes += [f"the output head is applied to every position, which takes memory and time: {why}"]
+        if by_layer and self._head is not None:
+            self._by_layer = ByLayer(model, self._head)
+            why = self._by_layer.why_not()
+        if by_layer and why is not None:
+            self._by_layer = None
+            self.notes += [f"activations are kept, since this model cannot be computed layer by layer: {why}"]
+
+    @property
+    def is_by_layer(self) -> bool:
+        return self._by_layer is not None
 
     @property
     def above_layers(self) -> tuple[str, ...]:
@@ -70,19 +80,19 @@ class Loss:
             None if batch.trunk is None else from_numpy(batch.trunk),
         )
 
-    def each(self, inputs: Inputs, trunk: Trunk | None) -> NDArray[np.float32]:
-        """The cross-entropy in nats of every chosen place, float32 [N]."""
+    def each(self, batch: Batch, trunk: Trunk | None) -> mx.array:
+        """The cross-entropy in nats of every place of the batch that is trained, float32 [N]."""
+        inputs = self.inputs(batch, few_shapes=False)
         targets = _targets(inputs)
         with self._economical(inputs, trunk):
             if self._head is None:
-                return np.array(cross_entropy(self._all_logits(inputs), targets))
-            return np.array(chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets))
+                return cross_entropy(self._all_logits(inputs), targets)
+            return chunked_losses(self._head, self._chosen_hidden(self._head, inputs), targets)
 
     def summed(self, parameters: Arrays, inputs: Inputs, trunk: Trunk | None, train: TrainRecipe) -> mx.array:
         """Σ loss over the chosen places, differentiable by `parameters`, which are in the model."""
-        again, smoothing = train.checkpoint_activations, train.label_smoothing
-        targets = _targets(inputs)
-        with self._economical(inputs, trunk, again=again):
+        smoothing, targets = train.label_smoothing, _targets(inputs)
+        with self._economical(inputs, trunk):
             if self._head is None:
                 losses = cross_entropy(self._all_logits(inputs), targets, smoothing)
                 total: mx.array = (losses * inputs.weights).sum()
@@ -90,6 +100,28 @@ class Loss:
             used = {name: array for name, array in parameters.items() if name.startswith(self._head.prefixes)}
             hidden = self._chosen_hidden(self._head, inputs)
             return summed_loss(self._head, hidden, targets, inputs.weights, used, smoothing=smoothing)
+
+    def by_layer(self, parameters: Arrays, inputs: Inputs, trunk: Trunk, train: TrainRecipe, within: Within) -> Steps:
+        """The same and its gradient, each layer's activations computed again when they are needed."""
+        assert self._by_layer is not None
+
+        @contextmanager
+        def economical() -> Iterator[None]:
+            with within(), economical_functions():
+                yield
+
+        return self._by_layer.gradient(
+            parameters,
+            inputs.tokens[:, :-1],
+            inputs.chosen,
+            _targets(inputs),
+            inputs.weights,
+            smoothing=train.label_smoothing,
+            within=economical,
+            trunk=None if inputs.trunk is None else inputs.trunk[:, :-1],
+            below=trunk.count,
+            **self._cache(inputs),
+        )
 
     def trunk_outputs(self, batch: Batch, trunk: Trunk) -> mx.array:
         """What the layer above the trunk gets, [B, T, D]."""
@@ -99,12 +131,10 @@ class Loss:
             return trunk.outputs(inputs.tokens, **cache)
 
     @contextmanager
-    def _economical(self, inputs: Inputs, trunk: Trunk | None, *, again: bool = False) -> Iterator[None]:
+    def _economical(self, inputs: Inputs, trunk: Trunk | None) -> Iterator[None]:
         """Within it, the model is called in the way that costs least."""
         with ExitStack() as stack:
             stack.enter_context(economical_functions())
-            if again:
-                stack.enter_context(computed_again(self._model.layers))
             if inputs.trunk is not None and trunk is not None:
                 stack.enter_context(trunk.given(inputs.trunk[:, :-1]))
             yield

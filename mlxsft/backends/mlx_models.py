@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What mlx-lm raises for config.json and tensors that it cannot use; it checks little itself.
 LOADING_ERRORS = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
     *(RuntimeError, OSError),  # of MLX, reading the files
     SystemExit,  # of OLMo's first model, where a package is missing
 )
@@ -37,12 +37,16 @@ CORRECTION = "e_score_correction_bias"
 # What mlx-lm wants said in config.json, and where else transformers may have said it.
 OTHER_NAMES = {
     "num_experts": ("num_local_experts", "n_routed_experts"),
-    "block_dim": ("hidden_size",),  # of LFM2
 }
 
 
 def load_checkpoint(source: ModelSource) -> nn.Module:
     """mlx-lm's model of a checkpoint, its arrays not yet read. Raises InputRefused where mlx-lm has none for it."""
+    return load_checkpoint_and_config(source)[0]
+
+
+def load_checkpoint_and_config(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
+    """As `load_checkpoint`, and config.json as mlx-lm has to have it for this model."""
     utils = mlx_lm("utils")
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -62,7 +66,7 @@ def load_checkpoint(source: ModelSource) -> nn.Module:
             f"{source.folder}: mlx-lm cannot load this checkpoint: {reason[:300]}",
             f"Its model_type is {source.config.get('model_type')!r}; `pip install -U mlx-lm` may bring new ones.",
         ) from error
-    return model
+    return model, config
 
 
 def complete(config: dict[str, Any], source: ModelSource) -> None:
@@ -72,6 +76,8 @@ def complete(config: dict[str, Any], source: ModelSource) -> None:
     for name, others in OTHER_NAMES.items():
         if config.get(name) is None and (found := next((config[n] for n in others if config.get(n)), None)):
             config[name] = found
+    if config.get("model_type") == "lfm2" and not config.get("block_dim"):
+        config["block_dim"] = config.get("hidden_size")
     if config.get("model_type") == "apertus":  # what is no choice any more for transformers
         config.update({"qk_norm": True, "post_norm": False, "mlp_bias": False} | config)
     complete_rope(config)

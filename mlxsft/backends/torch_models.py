@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 # What transformers raises for config.json and tensors that it cannot use.
 LOADING_ERRORS = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
     *(RuntimeError, OSError, ImportError),
 )
 # Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both.
@@ -33,6 +33,9 @@ RENAMED = {
     "gpt2": (("transformer.", "model."),),
     "gpt_neox": (("gpt_neox.layers.", "model.h."), ("gpt_neox.", "model."), ("embed_out", "model.embed_out")),
 }
+# mlx-lm stacks the matrices of all experts; in files of transformers each expert has its own.
+STACKED = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
+EXPERT_NAMES = {"mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # of GPT-2: mlx-lm turns these matrices
 
 
@@ -46,6 +49,7 @@ def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # the tensors are dequantized here
+            config.return_dict = True  # a config.json may say otherwise
             with torch.device("meta"):
                 model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             tensors = read_tensors(source)
@@ -84,7 +88,19 @@ def read_tensors(source: ModelSource) -> Tensors:
             transformers_name(kind, name): tensor.T.contiguous() if TRANSPOSED.search(name) else tensor
             for name, tensor in tensors.items()
         }
-    return tensors
+    return {name: part for whole, tensor in tensors.items() for name, part in _experts(kind, whole, tensor)}
+
+
+def _experts(kind: str, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """(transformers' name, matrix) of every expert in a stack of mlx-lm's; any other tensor as it is."""
+    found = STACKED.fullmatch(name)
+    if found is None:
+        yield name, tensor
+        return
+    module, projection, leaf = found.groups()
+    projection = EXPERT_NAMES.get(kind, {}).get(projection, projection)
+    for i, matrix in enumerate(tensor):
+        yield f"{module}.experts.{i}.{projection}.{leaf}", matrix
 
 
 @contextmanager

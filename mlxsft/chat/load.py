@@ -11,6 +11,7 @@ from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.data.template import Template
 from mlxsft.errors import InputRefused
 from mlxsft.models.adapter import load_adapter
+from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import ModelSource, open_model
 
 
@@ -25,13 +26,15 @@ def load_for_chat(
 ) -> tuple[Backend, Renderer]:
     """Backend and renderer, ready to answer. An adapter brings its own template, unless another one is named.
 
-    Raises InputRefused for an adapter that was trained on other weights, as far as its passport says.
+    Raises InputRefused for an adapter that was trained on other weights, as far as its passport says, OutOfResources
+    for a model that is larger than the memory of this machine.
     """
     saved = load_adapter(adapter) if adapter is not None else None
     base = _base_of(saved.config) if saved is not None else {}
     if revision is None and base.get("name") == model and isinstance(base.get("commit"), str):
         revision = base["commit"]  # the adapter belongs to this commit, wherever the branch is by now
     source = open_model(model, revision=revision, progress=progress)
+    refuse_beyond_memory(source.name, source.weight_bytes)
     if saved is not None:
         _refuse_other_base(source, base, adapter)
     trained_with = _template_of(saved.config) if saved is not None else None
@@ -54,7 +57,7 @@ def _refuse_other_base(source: ModelSource, base: Mapping[str, Any], adapter: Pa
     known = base.get("sha256")
     if not isinstance(known, dict):
         return
-    trained_on = {sha for file, sha in known.items() if str(file).endswith(".safetensors")}
+    trained_on = {str(sha) for file, sha in known.items() if str(file).endswith(".safetensors")}
     if trained_on and trained_on != {source.hash_of(file) for file in source.files}:
         raise InputRefused(
             f"{adapter}: this adapter was trained on other weights ({base.get('name')}) than those of {source.name}",

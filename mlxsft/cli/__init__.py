@@ -10,13 +10,16 @@ import click
 
 from mlxsft import __version__
 from mlxsft.cli.chat import chat
+from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
 from mlxsft.cli.generate import generate
+from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.train import train
 from mlxsft.errors import Interrupted, MlxsftError, UsageError
+from mlxsft.terminal import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -25,7 +28,7 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, data, recipes, doctor):
+for command in (train, runs, generate, chat, pull, convert, quantize, verify, data, recipes, doctor):
     app.add_command(command)
 
 
@@ -53,9 +56,9 @@ def report(error: MlxsftError) -> None:
     """Write an error and its hint to stderr."""
     if not isinstance(error, Interrupted):  # which was asked for
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True, color=_colour())
-    click.echo(error.message, err=True)
+    click.echo(printable(error.message), err=True)
     if error.hint:
-        click.echo(f"  {error.hint}", err=True)
+        click.echo(f"  {printable(error.hint)}", err=True)
 
 
 def _colour() -> bool | None:

@@ -1,29 +1,29 @@
 """Files of rows → what is wrong with them: a ledger that adds up, lengths in tokens, and findings.
 
-Every row is read once. What is kept of it is numbers and a few words: fingerprints, lengths, shingle hashes, place.
+Every row is read once. What is kept of it is numbers and a few words: fingerprints, shingle hashes, place. They lie on
+disk until the check ends, so that memory does not grow with the rows.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mlxsft.data import patterns, traits
 from mlxsft.data.alphabet import Alphabet
 from mlxsft.data.duplicates import Texts, fingerprint, groups
-from mlxsft.data.findings import KINDS, Finding, Shown, Tally, shortened
+from mlxsft.data.findings import EXAMPLES, KINDS, Finding, Shown, Tally, shortened
 from mlxsft.data.formats import Conversation, read_conversations
 from mlxsft.data.holdout import normalise
 from mlxsft.data.lengths import Lengths
 from mlxsft.data.profile import Profile
+from mlxsft.data.remembered import Remembered
 from mlxsft.data.render import NO_TRAINED_TOKEN, OLDEST_LOST, ONE_A_TURN, PART_LOST, Example, Renderer, texts_of
 from mlxsft.data.rows import LeftOut
+from mlxsft.data.scratch import Scratch, Spill, open_scratch
 from mlxsft.data.sources import RowSource, whole_files
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def check(
         return watch(rows, whole_files(given, split))
 
     held = {name: read(name, given) for name, given in (held_out or {}).items()}
-    auditor = _Auditor(data, renderer, compares=bool(held))
-    for row, made in renderer.rendered(auditor.readable(read("train", sources)), data):
-        auditor.add(row, made)
-    ledgers = {name: auditor.compare(name, rows) for name, rows in held.items()}
-    return auditor.result(ledgers)
+    with open_scratch() as scratch:
+        auditor = _Auditor(data, renderer, scratch, compares=bool(held))
+        for row, made in renderer.rendered(auditor.readable(read("train", sources)), data):
+            auditor.add(row, made)
+        return auditor.result({name: auditor.compare(rows) for name, rows in held.items()})
 
 
 # Notes of examples that were made to fit.
@@ -115,19 +115,16 @@ _SHORTENED = ("prompt shortened", OLDEST_LOST, "turns split", PART_LOST, "text s
 class _Auditor:
     """Takes rows one by one; `result` closes the books."""
 
-    def __init__(self, data: DataRecipe, renderer: Renderer, *, compares: bool) -> None:
+    def __init__(self, data: DataRecipe, renderer: Renderer, scratch: Scratch, *, compares: bool) -> None:
         self.data, self.renderer = data, renderer
         self.ledger = Counter({"read": 0, "usable": 0})
         self.tallies = {id: Tally() for id in KINDS}
         self.details: dict[str, str] = {}
         self.lengths = {name: Lengths() for name in ("prompt", "response", "total")}
-        self.profile = Profile()
-        self.whole = Texts()  # training rows, and held-out ones behind them
-        self.asked = Texts() if compares else None  # their prompts, which only held-out rows are compared with
-        self.places = _Places()
-        self.rows_seen: dict[int, int] = {}  # fingerprint of a row → its number among the texts
-        self.asked_in: dict[int, int] = {}  # fingerprint of a prompt → number of the first text that asks it
-        self.told = array("Q")  # fingerprint of the answer of each text
+        self.profile = Profile(scratch)
+        self.whole = Texts(scratch)  # training rows, and held-out ones behind them
+        self.asked = Texts(scratch) if compares else None  # their prompts, which only held-out rows are compared with
+        self.remembered = Remembered(scratch)
         self.alphabet = Alphabet(renderer.tokenizer)
         self.ended = self.unended = 0
         self.one_a_turn = Tally()  # rows that become one example a turn
@@ -152,15 +149,12 @@ class _Auditor:
             self._leave_out(refused[0] if refused else LeftOut(row.origin, NO_TRAINED_TOKEN))
             return
         key = _fingerprint(row)
-        if key in self.rows_seen:
+        first = self.remembered.first_row(key, len(self.whole))
+        if first < len(self.whole):
             self.ledger["duplicate"] += 1
-            self._found(
-                "duplicates",
-                row,
-                f"as {self.places.beside(self.rows_seen[key], row.origin.file)}: {_asked(row) or _told(row)}",
-            )
+            place = self.remembered.beside(first, row.origin.file)
+            self._found("duplicates", row, f"as {place}: {_asked(row) or _told(row)}")
             return
-        self.rows_seen[key] = len(self.whole)
         self.ledger["usable"] += 1
         self._measure(row, examples)
         self._remember(row)
@@ -201,18 +195,19 @@ class _Auditor:
     def _remember(self, row: Conversation) -> None:
         asked, told = _asked(row), _told(row)
         number = self._number(row, asked, told)
-        self.told.append(fingerprint(normalise(told)) if asked else 0)
         if not asked:
             return
-        other = self.asked_in.setdefault(fingerprint(normalise(asked)), number)
-        if self.told[other] != self.told[number]:
-            self._found("conflicting-answers", row, f"as {self.places.beside(other, row.origin.file)}: {asked}")
+        answer = fingerprint(normalise(told))
+        first, given = self.remembered.first_prompt(fingerprint(normalise(asked)), number, answer)
+        if given != answer:
+            place = self.remembered.beside(first, row.origin.file)
+            self._found("conflicting-answers", row, f"as {place}: {asked}")
 
     def _number(self, row: Conversation, asked: str, told: str) -> int:
         """The number of a row among those that are compared."""
         if self.asked is not None:
             self.asked.add(asked)
-        self.places.add(row.origin.file, row.origin.line, asked or told)
+        self.remembered.place(len(self.whole), row.origin, asked or told)
         return self.whole.add(f"{asked}\n{told}")
 
     def _judge_answers(self, row: Conversation) -> None:
@@ -239,7 +234,7 @@ class _Auditor:
 
     # --- rows held out ---------------------------------------------------------------------------------------------
 
-    def compare(self, name: str, rows: Rows) -> dict[str, int]:
+    def compare(self, rows: Rows) -> dict[str, int]:
         """The ledger of a held-out split, whose readable rows now stand behind the training rows."""
         ledger = Counter({"read": 0, "compared": 0})
         for row in rows:
@@ -250,12 +245,12 @@ class _Auditor:
             ledger["compared"] += 1
             asked, told = _asked(row), _told(row)
             number = self._number(row, asked, told)
-            copy = self.rows_seen.get(_fingerprint(row))
-            same = self.asked_in.get(fingerprint(normalise(asked))) if asked else None
+            copy = self.remembered.row(_fingerprint(row))
+            same = self.remembered.asked_by(fingerprint(normalise(asked))) if asked else None
             if copy is not None:
-                self.places.leaks[number] = ("an exact copy of", copy)
+                self.remembered.leak(number, "an exact copy of", copy)
             elif same is not None:
-                self.places.leaks[number] = ("the prompt of", same)
+                self.remembered.leak(number, "the prompt of", same)
         return dict(ledger)
 
     # --- closing the books -----------------------------------------------------------------------------------------
@@ -267,10 +262,7 @@ class _Auditor:
         if self.asked is not None:
             for what, found in (("nearly", pairs), ("nearly the prompt of", self.asked.pairs())):
                 self._near_leaks(what, found, trained)
-            for number in sorted(self.places.leaks):
-                how, other = self.places.leaks[number]
-                words = f"{how} {self.places[other]}: {self.places.excerpt(number)}"
-                self.tallies["leakage"].add(self.places[number], words)
+            self.tallies["leakage"] = self._leaks()
         self._distributions()
         shares = {"leakage": sum(ledger["read"] for ledger in held_out.values())}
         findings = [
@@ -279,7 +271,7 @@ class _Auditor:
             if t.count
         ]
         notes = [*self.renderer.notes, *self._split_note()]
-        return Audit(dict(self.ledger), held_out, self.lengths, self.profile.commonest(), findings, notes)
+        return Audit(dict(self.ledger), held_out, self.lengths, self.profile.summary(), findings, notes)
 
     def _split_note(self) -> list[str]:
         """That rows became several examples, with the first of them."""
@@ -288,37 +280,45 @@ class _Auditor:
         first = ", ".join(example.place for example in self.one_a_turn.examples)
         return [f"the template rewrites earlier turns, so {count:,} rows give {ONE_A_TURN} ({first})"]
 
-    def _near_duplicates(self, pairs: list[tuple[int, int]], trained: int) -> None:
-        leaders = groups(trained, ((a, b) for a, b in pairs if b < trained))
-        for number in np.flatnonzero(leaders != np.arange(trained)).tolist():
-            other = self.places.beside(int(leaders[number]), self.places.file(number))
-            words = f"nearly {other}: {self.places.excerpt(number)}"
-            self.tallies["near-duplicates"].add(self.places[number], words)
+    def _near_duplicates(self, pairs: Spill, trained: int) -> None:
+        found = self.tallies["near-duplicates"]
+        for number, leader in enumerate(groups(trained, (pair for pair in pairs if pair[1] < trained))):
+            if leader != number and found.count < EXAMPLES:
+                origin = self.remembered.origin(number)
+                place = self.remembered.beside(leader, origin.file)
+                found.add(origin, f"nearly {place}: {self.remembered.excerpt(number)}")
+            elif leader != number:
+                found.count += 1
 
-    def _near_leaks(self, what: str, pairs: list[tuple[int, int]], trained: int) -> None:
+    def _near_leaks(self, what: str, pairs: Spill, trained: int) -> None:
         """Held-out rows in a group of near-duplicates with a training row."""
         leaders = groups(len(self.whole), pairs)
         for number in range(trained, len(self.whole)):
-            if (leader := int(leaders[number])) < trained:
-                self.places.leaks.setdefault(number, (what, leader))
+            if leaders[number] < trained:
+                self.remembered.leak(number, what, leaders[number])
+
+    def _leaks(self) -> Tally:
+        made = Tally(self.remembered.leaks())
+        for number, how, other in self.remembered.first_leaks(EXAMPLES):
+            words = f"{how} {self.remembered.origin(other)}: {self.remembered.excerpt(number)}"
+            made.examples.append(Shown(str(self.remembered.origin(number)), shortened(words, 400)))
+        return made
 
     def _distributions(self) -> None:
         """Findings that only the whole set shows."""
         answers = self.profile.total("format")
-        known = self.profile.known()
         for id, name, most in (("opening-phrase", "opening", 0.2), ("answer-format", "format", 0.8)):
-            top = known.get(name, Counter()).most_common(1)
-            if answers >= ENOUGH and top and top[0][1] >= most * answers and top[0][0] != "prose":
-                value, count = top[0]
-                detail = f"{value!r} in {count / answers:.0%} of the answers"
-                self._whole(id, count, detail, self.profile.examples(name, value))
+            for value, count in self.profile.commonest(name, 1).items():
+                if answers >= ENOUGH and count >= most * answers and value != "prose":
+                    detail = f"{value!r} in {count / answers:.0%} of the answers"
+                    self._whole(id, count, detail, self.profile.examples(name, value))
         if answers >= ENOUGH and not self.tallies["answer-format"].count:
             low, high = self.lengths["response"].middle(0.9)
             if low >= ALIKE_FROM and high <= 1.2 * low:
                 alike = f"nine in ten answers take {low} to {high} tokens"
-                shown = self.profile.examples("format", *known["format"])
+                shown = self.profile.examples("format", *self.profile.commonest("format"))
                 self._whole("answer-format", round(0.9 * answers), alike, shown)
-        languages = known.get("language", Counter())
+        languages = self.profile.commonest("language", most=1000)
         del languages[NOT_TOLD]
         if len(languages) > 1:
             (main, mostly), *others = languages.most_common()
@@ -326,13 +326,19 @@ class _Auditor:
             detail = f"mostly {main} ({mostly:,}); also {rest}"
             shown = self.profile.examples("language", *(name for name, _ in others))
             self._whole("languages", languages.total() - mostly, detail, shown)
-        classes = known.get("category", Counter())
-        small = {n: c for n, c in classes.items() if n and c * 10 * len(classes) < classes.total()}
-        if small:
-            detail = ", ".join(f"{n} {c:,}" for n, c in small.items())
-            self._whole("class-balance", sum(small.values()), detail, self.profile.examples("category", *small))
+        self._class_balance()
         if self.unended > 0.4 * (self.ended + self.unended):  # then it is a style, and says nothing of the single row
             self.tallies["unended"] = Tally()
+
+    def _class_balance(self) -> None:
+        rows, named = 0, list[tuple[str, int]]()
+        for name, count in self.profile.small("category"):
+            rows += count
+            if len(named) < 100:
+                named.append((name, count))
+        if named:
+            detail = ", ".join(f"{name} {count:,}" for name, count in named)
+            self._whole("class-balance", rows, detail, self.profile.examples("category", *(name for name, _ in named)))
 
     def _whole(self, id: str, count: int, detail: str, examples: list[Shown]) -> None:
         self.tallies[id] = Tally(count, examples)
@@ -342,35 +348,6 @@ class _Auditor:
         if id == "lost-text":
             return f"characters: {shortened(''.join(sorted(self.alphabet.bad)), 60)}"
         return self.details.get(id, "")
-
-
-class _Places:
-    """Where each text was read, and its first words, in little memory."""
-
-    def __init__(self) -> None:
-        self._files: dict[str, int] = {}
-        self._file, self._line = array("H"), array("L")
-        self._words, self._ends = bytearray(), array("Q", [0])
-        self.leaks: dict[int, tuple[str, int]] = {}  # number of a held-out text → how it leaks, from which one
-
-    def add(self, file: str, line: int, text: str) -> None:
-        self._file.append(self._files.setdefault(file, len(self._files)))
-        self._line.append(line)
-        self._words += shortened(text, 50).encode("utf-8", "replace")
-        self._ends.append(len(self._words))
-
-    def __getitem__(self, number: int) -> str:
-        return f"{self.file(number)}:{self._line[number]}"
-
-    def file(self, number: int) -> str:
-        return list(self._files)[self._file[number]]
-
-    def beside(self, number: int, file: str) -> str:
-        """The place as it is told beside another one in `file`."""
-        return f"line {self._line[number]}" if self.file(number) == file else self[number]
-
-    def excerpt(self, number: int) -> str:
-        return self._words[self._ends[number] : self._ends[number + 1]].decode("utf-8")
 
 
 def _answers_from(row: Conversation) -> int:

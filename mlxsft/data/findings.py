@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
+EXAMPLES = 3  # rows that stand for a finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Tally:
 
     def add(self, place: object, excerpt: str) -> None:
         self.count += 1
-        if len(self.examples) < 3:
+        if len(self.examples) < EXAMPLES:
             self.examples.append(Shown(str(place), shortened(excerpt)))
 
 

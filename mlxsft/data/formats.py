@@ -142,9 +142,6 @@ def _judged(draft: Draft, origin: Origin, group: str, unanswered: bool) -> Conve
 
 def _check_turns(turns: Sequence[Turn], unanswered: bool) -> None:
     """Refuses what cannot be trained on, whatever its format was."""
-    for i, turn in enumerate(turns):
-        if turn.role == "system" and i > 0:
-            raise Unusable("system turn not first", f"turn {i + 1} is the system's; it may only open a conversation")
     answers = [turn for turn in turns if turn.role in ("assistant", "text")]
     if not answers and not unanswered:
         raise Unusable("no assistant turn", "nothing here could be trained", broken=False)

@@ -27,55 +27,21 @@ def hold_out(keys: Sequence[str], share: float, *, seed: int) -> NDArray[np.bool
     groups = Counter(keys)
     if share == 0 or len(groups) < 2:
         return np.zeros(len(keys), dtype=np.bool_)
-    order = sorted(groups, key=lambda key: _position(key, seed))
+    order = sorted(groups, key=lambda key: position(key, seed))
     chosen = _choose([groups[key] for key in order], share * len(keys))
     held_out = {order[i] for i in chosen}
     return np.fromiter((key in held_out for key in keys), dtype=np.bool_, count=len(keys))
 
 
-def draw(
-    keys: Sequence[str],
-    categories: Sequence[str],
-    share: float,
-    *,
-    seed: int,
-    taken: NDArray[np.bool_] | None = None,
-) -> NDArray[np.bool_]:
-    """True for about `share` of the rows, the same share of every category; rows with an equal key stay together.
-
-    Rows that are `taken` already count as rows and are not drawn. Groups are walked category by category, each owing
-    its share, and one is drawn whenever what is owed covers it: small categories are served as often as their size
-    says, where rounding each by itself would hold out half of a category of two. At least one group is drawn and one
-    is left, where there are enough.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"the share held out is {share}; it must be at least 0 and below 1")
-    sizes = Counter(keys)
-    gone = set() if taken is None else {key for key, out in zip(keys, taken, strict=True) if out}
-    category = dict(sorted(zip(keys, categories, strict=True), reverse=True))  # of a mixed group, the first by name
-    order = sorted(sizes, key=lambda key: (category[key], _position(key, seed)))
-    free = [key for key in order if key not in gone]
-    if share == 0 or len(free) < 2:
-        return np.zeros(len(keys), dtype=np.bool_)
-    drawn: set[str] = set()
-    owed = 0.5
-    for key in order:
-        owed += share * sizes[key]
-        if key not in gone and owed >= sizes[key] and len(drawn) < len(free) - 1:
-            drawn.add(key)
-            owed -= sizes[key]
-    if not drawn:
-        drawn.add(min(free, key=lambda key: (sizes[key], _position(key, seed))))
-    return np.fromiter((key in drawn for key in keys), dtype=np.bool_, count=len(keys))
-
-
 def normalise(text: str) -> str:
     """The text without what does not make it another question: case, white space, the way accents are encoded."""
+    if text.isascii():  # the same, faster
+        return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFD", text).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def _position(key: str, seed: int) -> bytes:
+def position(key: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
 
 

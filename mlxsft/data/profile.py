@@ -2,57 +2,87 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 
-from mlxsft.data.findings import Shown, shortened
+from mlxsft.data.findings import EXAMPLES, Shown, shortened
 from mlxsft.data.places import Origin
+from mlxsft.data.scratch import Scratch
 
 OTHERS = "(others)"  # what a profile calls all that it does not name
-SHOWN, COUNTED = 20, 50_000  # what a profile names, and what it counts one by one on the way
-EXAMPLES = 3  # rows that are kept of each value
+SHOWN = 20  # values that a profile names
+NAMES = ("language", "format", "opening", "category")
+_WAITING = 1000  # values that are counted in memory before they go to disk
+
+_TABLES = (
+    "CREATE TABLE profile (name TEXT, value TEXT, count INTEGER, shown TEXT, PRIMARY KEY (name, value)) WITHOUT ROWID",
+    # What says something: no opening, and no category where there is none at all, is not there either.
+    """CREATE VIEW known AS SELECT name, value, count FROM profile
+    WHERE value <> '' OR name NOT IN ('opening', 'category')
+    OR (name = 'category' AND (SELECT count(*) FROM profile WHERE name = 'category') > 1)""",
+)
+_ADD = f"""INSERT INTO profile VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count,
+shown = CASE WHEN count < {EXAMPLES} THEN shown || excluded.shown ELSE shown END"""
+_SMALL = """SELECT value, count FROM known WHERE name = ?1 AND value <> ''
+AND count * 10 * (SELECT count(*) FROM known WHERE name = ?1) < (SELECT sum(count) FROM known WHERE name = ?1)
+ORDER BY count, value"""
 
 
 class Profile:
-    """Counts of values by what they are values of, and the first rows that have each."""
+    """Counts of values by what they are values of, and the first rows that have each: exact, and on disk."""
 
-    def __init__(self) -> None:
-        names = ("language", "format", "opening", "category")
-        self._counts: dict[str, Counter[str]] = {name: Counter() for name in names}
-        self._examples: dict[str, dict[str, list[Shown]]] = {name: {} for name in names}
+    def __init__(self, scratch: Scratch) -> None:
+        self._database = scratch.database
+        for table in _TABLES:
+            self._database.execute(table)
+        self._counts = Counter[tuple[str, str]]()
+        self._shown: dict[tuple[str, str], str] = {}  # the first rows of each, a line of JSON each
 
     def add(self, name: str, value: str, origin: Origin, excerpt: str) -> None:
-        """One more of a value; rare ones are counted together once there are too many of them to keep."""
-        counts, examples = self._counts[name], self._examples[name]
-        counts[value] += 1
-        if counts[value] <= EXAMPLES:
-            examples.setdefault(value, []).append(Shown(str(origin), shortened(excerpt)))
-        if len(counts) > COUNTED:
-            self._counts[name] = kept = Counter(dict(counts.most_common(COUNTED // 2)))
-            self._examples[name] = {value: shown for value, shown in examples.items() if value in kept}
-            kept[OTHERS] += counts.total() - kept.total()
+        """One more of a value."""
+        key = name, value
+        self._counts[key] += 1
+        if self._counts[key] <= EXAMPLES:
+            self._shown[key] = self._shown.get(key, "") + json.dumps([str(origin), shortened(excerpt)]) + "\n"
+        if len(self._counts) > _WAITING:
+            self._write()
+
+    def _write(self) -> None:
+        added = ((n, v.encode(errors="replace").decode(), c, self._shown[n, v]) for (n, v), c in self._counts.items())
+        self._database.executemany(_ADD, sorted(added))
+        self._counts.clear()
+        self._shown.clear()
 
     def total(self, name: str) -> int:
-        return self._counts[name].total()
+        """How many values were added, those that say nothing included."""
+        self._write()
+        return int(self._database.execute("SELECT total(count) FROM profile WHERE name = ?", (name,)).fetchone()[0])
 
-    def known(self) -> dict[str, Counter[str]]:
-        """How often each value is there that says something; what has none is not there either."""
-        known = {name: Counter(counts) for name, counts in self._counts.items()}
-        for counts in known.values():
-            del counts[OTHERS]
-        del known["opening"][""]
-        if len(known["category"]) == 1:
-            del known["category"][""]
-        return {name: counts for name, counts in known.items() if counts}
+    def commonest(self, name: str, most: int = SHOWN) -> Counter[str]:
+        """How often the commonest values are there that say something, the commonest first."""
+        self._write()
+        query = "SELECT value, count FROM known WHERE name = ? ORDER BY count DESC, value LIMIT ?"
+        return Counter(dict(self._database.execute(query, (name, most))))
 
-    def commonest(self) -> dict[str, dict[str, int]]:
+    def small(self, name: str) -> Iterable[tuple[str, int]]:
+        """Values with less than a tenth of an even share, and how often they are there, the rarest first."""
+        self._write()
+        return self._database.execute(_SMALL, (name,))
+
+    def summary(self) -> dict[str, dict[str, int]]:
         """The commonest values, and the others together, so that shares are those of all rows."""
         made = {}
-        for name, counts in self.known().items():
-            made[name] = shown = dict(counts.most_common(SHOWN))
-            if others := self.total(name) - sum(shown.values()):
-                shown[OTHERS] = others
+        for name in NAMES:
+            if shown := dict(self.commonest(name)):
+                made[name] = shown
+                if others := self.total(name) - sum(shown.values()):
+                    shown[OTHERS] = others
         return made
 
     def examples(self, name: str, *values: str) -> list[Shown]:
         """The first rows with the first of these values that has any, then with the next."""
-        return [shown for value in values for shown in self._examples[name].get(value, ())][:EXAMPLES]
+        self._write()
+        query = "SELECT shown FROM profile WHERE name = ? AND value = ?"
+        kept = (shown for value in values for (shown,) in self._database.execute(query, (name, value)))
+        return [Shown(*json.loads(line)) for lines in kept for line in lines.splitlines()[:EXAMPLES]][:EXAMPLES]

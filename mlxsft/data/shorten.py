@@ -13,10 +13,16 @@ _CUT_FIRST = ("user", "tool", "system")  # a question loses of its beginning bef
 
 
 def exchanges(turns: Turns) -> list[Turns]:
-    """The turns without the system prompt, cut before every question."""
+    """The turns without the system prompt, cut before every question and what the system says right before it."""
     rest = turns[turns[0].role == "system" :]
-    starts = [i for i, turn in enumerate(rest) if turn.role == "user" or i == 0]
+    starts = [i for i in range(len(rest)) if i == 0 or _begins(rest, i)]
     return [rest[a:b] for a, b in zip(starts, [*starts[1:], len(rest)], strict=True)]
+
+
+def _begins(turns: Turns, i: int) -> bool:
+    """Whether the user's next question begins here, system turns before it included."""
+    asks = next((turn.role for turn in turns[i:] if turn.role != "system"), "")
+    return asks == "user" and turns[i - 1].role != "system"
 
 
 def answered(turns: Turns) -> Turns:

@@ -17,12 +17,14 @@ from os.path import commonprefix
 from pathlib import Path
 
 from mlxsft.data.formats import ToolCall, Turn
-from mlxsft.data.time_limit import TimeLimitExceeded, time_limit
+from mlxsft.data.time_limit import MemoryLimitExceeded, TimeLimitExceeded, time_limit
 from mlxsft.data.tokenizer import Tokenizer
 from mlxsft.errors import InputRefused, UsageError
+from mlxsft.terminal import one_line
 
 BUILT_IN_TEMPLATES = ("plain", "alpaca")
 RENDER_SECONDS = 5.0  # a template that takes longer for one row is an attack or a mistake
+TEMPLATE_LENGTH = 1_000_000  # the longest published ones have 30,000
 _PROBE = "mlxsftprobe"  # stands for an answer while the shape of a template is found out
 # Templates that can think are asked not to: then the prompt ends where the answer of the data begins.
 _NOT_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
@@ -34,8 +36,6 @@ _DATE_MACRO = (
     + "".join(f".replace('%{letter}', '{_DATE.strftime('%' + letter)}')" for letter in "aAbBdmyYjHMS")
     + " }}{%- endmacro +%}"
 )
-# What a template's own mistakes raise, beside Jinja's errors.
-_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 Tools = Sequence[Mapping[str, object]]
 
@@ -101,6 +101,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+        if len(template.text) > TEMPLATE_LENGTH:
+            raise InputRefused(f"chat template {template.name}: has {len(template.text):,} characters, too many")
         self.tokenizer = tokenizer
         self.template = template
         self.notes: list[str] = []
@@ -112,7 +114,7 @@ class ChatTemplate:
             self._probe_answer()
         except TemplateRefused as error:
             raise InputRefused(
-                f"chat template {template.name}: it cannot render a question and its answer: {error}",
+                one_line(f"chat template {template.name}: it cannot render a question and its answer: {error}"),
                 "Name another one with data.template.",
             ) from error
         if self._dated:
@@ -173,9 +175,7 @@ class ChatTemplate:
     def _render(
         self, turns: Sequence[Turn], tools: Tools = (), *, generation: bool = False, thinking: bool = False
     ) -> str:
-        """The template's text for these turns, made in transformers' sandbox."""
-        from jinja2 import TemplateError
-
+        """The template's text for these turns, made in the sandbox."""
         options = dict.fromkeys(self._options, True) if thinking else self._options
         try:
             with time_limit(RENDER_SECONDS):
@@ -186,16 +186,18 @@ class ChatTemplate:
                     **({"tools": list(tools)} if tools else {}),
                     **options,
                 )
+        except MemoryLimitExceeded:
+            raise TemplateRefused("it takes too much memory") from None
         except TimeLimitExceeded:
             raise TemplateRefused(f"it takes longer than {RENDER_SECONDS:g} s") from None
-        except (TemplateError, *_PYTHON_ERRORS) as error:
-            raise TemplateRefused(str(error) or type(error).__name__) from error
+        except Exception as error:  # a template can raise anything: Jinja's errors, and Python's for its mistakes
+            raise TemplateRefused(one_line(f"{str(error) or type(error).__name__:.300}")) from error
 
     def _message(self, turn: Turn) -> dict[str, object]:
         """A turn as templates take it, in the manner of OpenAI's API."""
         message: dict[str, object] = {"role": turn.role, "content": turn.content}
         if turn.reasoning and self._takes_reasoning:
-            message["reasoning_content"] = turn.reasoning
+            message["reasoning_content"] = message["thinking"] = turn.reasoning  # gpt-oss reads the latter
         elif turn.reasoning:  # then it is written as models that think write it
             message["content"] = f"<think>\n{turn.reasoning}\n</think>\n\n{turn.content}"
         if turn.tool_calls:
@@ -258,14 +260,19 @@ class ChatTemplate:
     def prompt(self, turns: Iterable[Turn], tools: Tools = ()) -> Script:
         """The pieces before the next answer. Raises TemplateRefused."""
         turns = self._adapt(turns, tools)
-        return _pieces(self._prompt_text(turns, tools), self._answers(turns, tools))
+        text = self._prompt_text(turns, tools)
+        _check_system(turns, text)
+        return _pieces(text, self._answers(turns, tools))
 
     def scripts(self, turns: Iterable[Turn], tools: Tools = ()) -> list[Script]:
         """The pieces of each example: one for the conversation, or more where the template rewrites earlier turns.
 
         Raises TemplateRefused.
         """
-        answers = self._answers(self._adapt(turns, tools), tools)
+        turns = self._adapt(turns, tools)
+        answers = self._answers(turns, tools)
+        if answers:
+            _check_system(turns[: answers_of(turns)[-1]], answers[-1][0])
         scripts: list[Script] = []
         for i, (before, answer) in enumerate(answers):
             prompt = _pieces(before, answers[:i])
@@ -294,6 +301,12 @@ def answers_of(turns: Sequence[Turn]) -> list[int]:
     return [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
 
 
+def _check_system(turns: Sequence[Turn], text: str) -> None:
+    """Raises TemplateRefused where the text lacks what a system turn says that is not the first: some pass over it."""
+    if any(turn.role == "system" and turn.content.strip() not in text for turn in turns[1:]):
+        raise TemplateRefused("it leaves out a system turn that is not the first")
+
+
 def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
     """The turns with an id for every call, and that of its call for every result.
 
@@ -304,6 +317,9 @@ def _with_ids(turns: Iterable[Turn], *, keep: bool) -> tuple[Turn, ...]:
     waiting: deque[str] = deque()
     made = []
     for turn in turns:
+        if turn.role != "tool" and not turn.tool_calls:
+            made.append(turn)
+            continue
         calls = []
         for call in turn.tool_calls:
             new = call.id if keep and call.id else f"{len(given):09d}"

@@ -6,18 +6,21 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.errors import InputRefused
+from mlxsft.terminal import one_line
 
 if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
 
 # Unicode noncharacters, which no text contains: they fence the spelling of a special token until it is tokenized.
 _FENCE_OPEN, _FENCE_CLOSE = "\ufdd0", "\ufdd1"
+_PROBE = "a" * 64 + "?"  # at which a pattern that tries every way to divide a word gives up
 _FENCED = re.compile(f"{_FENCE_OPEN}(.*?){_FENCE_CLOSE}", re.DOTALL)
 
 
@@ -27,6 +30,9 @@ class Tokenizer:
     def __init__(self, hf: Any) -> None:
         self.hf = hf
         self._lock = Lock()
+        if hf.is_fast:  # a tokenizer.json may ask for both
+            hf.backend_tokenizer.no_padding()
+            hf.backend_tokenizer.no_truncation()
 
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:
@@ -36,16 +42,21 @@ class Tokenizer:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # no advice about torch: it is not needed here
-        try:
+        hint = "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json."
+        with _refusing(f"{source.name}: the tokenizer cannot be loaded", hint):
             with warnings.catch_warnings(action="ignore"):  # an unknown model_type is no matter for the tokenizer
                 hf = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputRefused(
-                f"{source.name}: the tokenizer cannot be loaded: {lines[0]}",
-                "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json.",
-            ) from error
-        return cls(hf)
+            loaded = cls(hf)
+            loaded.refuse_malformed()
+        return loaded
+
+    def refuse_malformed(self) -> None:
+        """Raises what special tokens, a template or a vocabulary of the wrong kind lead to, before they are needed."""
+        if not isinstance(self.chat_template, str | None):
+            raise TypeError(f"chat_template is {self.chat_template!r:.100}, expected text")
+        if not isinstance(self.eos_token, str | None):
+            raise TypeError(f"eos_token is {self.eos_token!r:.100}, expected text")
+        _ = self.eos_token_ids, self.special_pattern, self.decode(self.encode(_PROBE))
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -98,8 +109,16 @@ class Tokenizer:
         return template or None
 
     def apply_template(self, template: str, messages: list[dict[str, object]], **options: Any) -> str:
-        """The text that a Jinja template makes of the messages, in transformers' sandbox. Raises what Jinja raises."""
-        return str(self.hf.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+        """The text that a Jinja template makes of the messages, in the sandbox. Raises what templates raise."""
+        from mlxsft.data.sandbox import compiled
+
+        given: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **options}
+        return compiled(template).render(messages=messages, **given)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        """What templates know of them: bos_token, eos_token and so on."""
+        return dict(self.hf.special_tokens_map)
 
     # --- text to ids -------------------------------------------------------------------------------------------
 
@@ -147,7 +166,8 @@ class Tokenizer:
         with self._lock:  # the switch belongs to the tokenizer, which other threads use as well
             backend.encode_special_tokens = spelled_out
             try:
-                return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+                with _refusing("the tokenizer failed at a text"):
+                    return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
             finally:
                 backend.encode_special_tokens = False
 
@@ -183,6 +203,18 @@ class Tokenizer:
     def stream(self, *, special: bool = False) -> TextStream:
         """A decoder for ids that come one by one; `special` as for `decode`."""
         return TextStream(self, special)
+
+
+@contextmanager
+def _refusing(what: str, hint: str | None = None) -> Iterator[None]:
+    """InputRefused for all that a tokenizer's files lead its libraries to raise, Rust's panics included."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputRefused(one_line(f"{what}: {lines[0]:.300}"), hint) from error
 
 
 class TextStream:

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxsft.errors import Diverged, InputRefused, OutOfResources, UsageError
+from mlxsft.models.checks import read_json, refuse_links
+from mlxsft.models.headers import header_of
+from mlxsft.models.sizes import refuse_beyond_memory
+from mlxsft.terminal import one_line
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+SHOWN = 20  # problems of one adapter
 FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # safetensors' names → NumPy's, little-endian
 
 # No room on the disk, over the quota, or over the size that a file may have.
@@ -57,9 +62,9 @@ def load_adapter(folder: Path) -> Adapter:
     """The adapter of a run, of one of its checkpoints or of any folder in mlx-lm's layout, as float32."""
     _refuse_other_layouts(folder)
     config = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = _read_tensors(folder)
     if problems := [*_config_problems(config), *_tensor_problems(config, tensors)]:
-        raise InputRefused("\n  ".join([f"{folder}: this adapter cannot be used:", *problems]))
+        raise InputRefused(listed(f"{folder}: this adapter cannot be used:", problems))
     return Adapter(config, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)})
 
 
@@ -108,7 +113,7 @@ def sync_folder(folder: Path) -> None:
 
 def _refuse_other_layouts(folder: Path) -> None:
     """Refuses what is no adapter folder of mlx-lm, with the name of what it is."""
-    if (folder / WEIGHTS).is_file():
+    if os.path.lexists(folder / WEIGHTS):
         return
     if not folder.is_dir():
         raise InputRefused(f"{folder}: no such adapter folder", f"Give the run folder, the one that holds {WEIGHTS}.")
@@ -123,22 +128,31 @@ def _refuse_other_layouts(folder: Path) -> None:
     raise InputRefused(f"{folder}: {WEIGHTS} is missing", "Give a run folder that has saved at least once.")
 
 
+def listed(what: str, problems: Sequence[str]) -> str:
+    """A message with a line for each problem, and how many more there are."""
+    more = [f"and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)
+    return "\n  ".join([what, *map(one_line, problems[:SHOWN]), *more])
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config; a checkpoint of a run has the run's."""
-    path = folder / CONFIG
-    if not path.is_file() and folder.resolve().parent.name == "checkpoints":
-        path = folder.resolve().parent.parent / CONFIG
+    place = folder.resolve()
+    if not (place / CONFIG).exists() and place.parent.name == "checkpoints":
+        place = place.parent.parent
+    if not os.path.lexists(place / CONFIG):
+        raise InputRefused(f"{folder}: {CONFIG} is missing", "Without it the adapter's scale is unknown.")
+    with _named_after(folder):
+        refuse_links(place, [CONFIG])
+        return read_json(place / CONFIG)
+
+
+@contextmanager
+def _named_after(folder: Path) -> Iterator[None]:
+    """Refusals that begin with a file, beginning with its folder."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputRefused(f"{folder}: {CONFIG} is missing", "Without it the adapter's scale is unknown.") from error
-    except OSError as error:
-        raise InputRefused(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{path}: is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputRefused(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
+        yield
+    except InputRefused as refusal:
+        raise InputRefused(one_line(f"{folder}: {refusal.message}"), refusal.hint) from refusal
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -148,8 +162,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{CONFIG}: fine_tune_type is {kind!r}, expected lora, dora or full"
     if kind == "full":
         return
-    if not _is_number(config.get("num_layers"), whole=True):
-        yield f"{CONFIG}: num_layers is {config.get('num_layers')!r}, expected a whole number"
+    layers = config.get("num_layers")
+    if not isinstance(layers, int) or not _is_number(layers) or layers < -1:  # -1 stands for all
+        yield f"{CONFIG}: num_layers is {layers!r}, expected a whole number"
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         yield f"{CONFIG}: lora_parameters is {parameters!r}, expected an object with rank and scale"
@@ -158,6 +173,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{CONFIG}: lora_parameters.rank is {parameters.get('rank')!r}, expected a whole number from 1"
     if not _is_number(parameters.get("scale")):  # a file may have alpha beside it; mlx-lm applies scale alone
         yield f"{CONFIG}: lora_parameters.scale is {parameters.get('scale')!r}, expected a number"
+    dropout = parameters.get("dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        yield f"{CONFIG}: lora_parameters.dropout is {dropout!r}, expected a number from 0 to below 1"
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         yield f"{CONFIG}: lora_parameters.keys is {keys!r}, expected a list of module names"
@@ -170,19 +188,20 @@ def _is_number(value: object, whole: bool = False) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
 
 
-def _read_tensors(path: Path) -> dict[str, NDArray[np.float32] | str]:
-    """{name: float32 array} of a safetensors file; where the dtype is no float, its name stands for the array."""
-    from safetensors import SafetensorError, deserialize
+def _read_tensors(folder: Path) -> dict[str, NDArray[np.float32] | str]:
+    """{name: float32 array} of the weights; where the dtype is no float, its name stands for the array."""
+    from safetensors import deserialize
 
-    try:
-        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # its stub has no types
-    except OSError as error:
-        raise InputRefused(f"{path}: cannot be read ({error.strerror})") from error
-    except SafetensorError as error:
-        raise InputRefused(f"{path}: is not valid safetensors ({error})") from error
-    if not entries:
+    path = folder / WEIGHTS
+    with _named_after(folder):
+        refuse_links(folder.resolve(), [WEIGHTS])
+        _, header = header_of(path)
+    refuse_beyond_memory(str(path), path.stat().st_size)
+    entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # its stub has no types
+    if not header:
         raise InputRefused(f"{path}: holds no tensor")
-    return {name: _as_float32(e["dtype"], e["shape"], e["data"]) for name, e in entries}
+    found = sorted(entries, key=lambda entry: str(entry[0]))
+    return {name: _as_float32(e["dtype"], e["shape"], e["data"]) for name, e in found}
 
 
 def _as_float32(dtype: str, shape: list[int], data: bytes) -> NDArray[np.float32] | str:

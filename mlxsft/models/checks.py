@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mlxsft.errors import InputRefused
+from mlxsft.models.headers import TensorInfo, lfs_hint, some, unique
 
 Json = dict[str, Any]
 
@@ -58,6 +59,7 @@ OTHER_MODALITIES = re.compile(r"vision|visual|image|audio|speech")
 
 TOKENIZER_JSON_BYTES = 64 << 20  # the largest published ones have about 35 MB
 OTHER_JSON_BYTES = 10 << 20
+TEXT_GROWTH = 1000  # how many times as long a normalizer may make a text
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NO_CODE_HINT = (
@@ -70,17 +72,10 @@ class Incomplete(InputRefused):
     """A file is missing; from the Hub's cache this means that the download never finished."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is stored and its shape, as the safetensors header says."""
-
-    file: str
-    dtype: str  # the format's own names: F32, BF16, U32, ...
-    shape: tuple[int, ...]
-
-
 def listing(folder: Path) -> list[str]:
     """The names of the folder's files, sorted; of subfolders only the chat templates."""
+    if (folder / "additional_chat_templates").is_symlink():
+        raise InputRefused("additional_chat_templates: a link, where a folder was expected")
     try:
         found = [*os.listdir(folder), *(f"additional_chat_templates/{p.name}" for p in folder.glob(TEMPLATES[-1]))]
     except OSError as error:
@@ -119,8 +114,8 @@ def refuse_pickle_only(names: Collection[str]) -> None:
 
 def read_configs(folder: Path, names: Collection[str]) -> dict[str, Json]:
     """{file: content} of the small JSON files that are there, free of code and of names that leave the folder."""
-    _refuse_links(folder, names)
-    configs = {name: _read_json(folder / name) for name in CONFIGS if name in names}
+    refuse_links(folder, filter(defines, names))
+    configs = {name: read_json(folder / name) for name in CONFIGS if name in names}
     for file, content in configs.items():
         _refuse_code(file, content)
     if "adapter_config.json" in names:
@@ -136,13 +131,13 @@ def read_configs(folder: Path, names: Collection[str]) -> dict[str, Json]:
     return configs
 
 
-def _refuse_links(folder: Path, names: Iterable[str]) -> None:
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
     """Symlinks that leave the folder (a Hub cache snapshot's blobs belong to it), and what is no regular file."""
     cache = blobs(folder)
     inside = [folder, cache] if cache else [folder]
-    for name in filter(defines, names):
+    for name in names:
         path = folder / name
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # which takes links to themselves, too
         if not any(target.is_relative_to(root) for root in inside):
             raise InputRefused(
                 f"{name}: a link that leaves the folder, to {target}",
@@ -150,19 +145,22 @@ def _refuse_links(folder: Path, names: Iterable[str]) -> None:
             )
         if not target.is_file():
             raise Incomplete(f"{name}: " + ("a link to nothing" if path.is_symlink() else "not a regular file"))
+        if not fnmatchcase(name, "*.safetensors") and target.stat().st_size > TOKENIZER_JSON_BYTES:
+            raise InputRefused(f"{name}: more than {TOKENIZER_JSON_BYTES >> 20} MB")
 
 
 def _refuse_code(file: str, content: Json) -> None:
     """Keys by which a checkpoint names Python files of its own."""
     forbidden = ("auto_map", "custom_generate") + (("model_file",) if file == "config.json" else ())
-    for path, key, value in _walk(content):
-        if key in forbidden and value not in (None, {}, []):
+    for path, key, value in walk(content):
+        kernel = key.endswith("_implementation") and "/" in json.dumps(value)  # transformers runs it from the Hub
+        if kernel or (key in forbidden and value not in (None, {}, [])):
             raise InputRefused(f"{file}: `{path}` asks to run code from the checkpoint", NO_CODE_HINT)
 
 
 def _refuse_outside_names(tokenizer_config: Json) -> None:
     """File names in tokenizer_config.json that lead out of the folder."""
-    for path, key, value in _walk(tokenizer_config):
+    for path, key, value in walk(tokenizer_config):
         # `special_tokens_map_file` is never opened, and many published files have their author's own path in it.
         if not key.endswith(("_file", "_files")) or key == "special_tokens_map_file":
             continue
@@ -171,7 +169,7 @@ def _refuse_outside_names(tokenizer_config: Json) -> None:
                 raise InputRefused(f"tokenizer_config.json: `{path}` is {name!r}, which leaves the folder")
 
 
-def _walk(content: object) -> Iterator[tuple[str, str, object]]:
+def walk(content: object) -> Iterator[tuple[str, str, object]]:
     """(dotted path, key, value) of every key of a JSON value, the outermost first, whatever its depth."""
     queue = deque([("", content)])
     while queue:
@@ -184,31 +182,25 @@ def _walk(content: object) -> Iterator[tuple[str, str, object]]:
             queue.extend((path, inner) for inner in value)
 
 
-def _read_json(path: Path) -> Json:
-    """The object in a JSON file of bounded size."""
+def read_json(path: Path) -> Json:
+    """The object in a JSON file of bounded size, in which no key stands twice: other readers might take the other."""
     limit = TOKENIZER_JSON_BYTES if path.name == "tokenizer.json" else OTHER_JSON_BYTES
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise InputRefused(f"{path.name}: more than {limit >> 20} MB")
-        content = json.loads(data.decode("utf-8-sig"))
+        vocabulary = path.name in ("tokenizer.json", "vocab.json")  # some published ones have tokens twice
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=dict if vocabulary else unique)
     except OSError as error:
         raise InputRefused(f"{path.name}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
         raise InputRefused(f"{path.name}: nested too deeply") from error
     except ValueError as error:  # malformed JSON or UTF-8, numbers with thousands of digits
-        raise InputRefused(f"{path.name}: is not JSON ({error})", _lfs_hint(path)) from error
+        raise InputRefused(f"{path.name}: is not JSON ({error})", lfs_hint(path)) from error
     if not isinstance(content, dict):
         raise InputRefused(f"{path.name}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _lfs_hint(path: Path) -> str | None:
-    """What to do about a file that git cloned without its content."""
-    with path.open("rb") as file:
-        pointer = file.read(24) == b"version https://git-lfs."
-    return "This is a git-lfs pointer, not the file: run `git lfs pull` in the folder." if pointer else None
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -218,7 +210,7 @@ def weight_map(folder: Path, names: Collection[str]) -> dict[str, str] | None:
     """{tensor: file} of the index, with plain file names; None where there is no index."""
     if INDEX not in names:
         return None
-    files = _read_json(folder / INDEX).get("weight_map")
+    files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputRefused(f"{INDEX}: expected weight_map, an object of tensor names and files")
     for tensor, file in files.items():
@@ -250,28 +242,6 @@ def weight_files(names: Iterable[str], weight_map: Mapping[str, str] | None) -> 
     if len({int(match[1]) for match in numbered}) != wanted:
         raise Incomplete(f"shards missing: {len(numbered)} of {wanted} are there ({some(present)})")
     return present
-
-
-def read_headers(folder: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
-    """{tensor: where and what} of every weight file, as the reference parser of safetensors reads them."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="np") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-                found = {name: TensorInfo(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        except OSError as error:
-            raise InputRefused(f"{file}: cannot be read ({error})") from error
-        except SafetensorError as error:
-            raise InputRefused(f"{file}: is not valid safetensors ({error})", _lfs_hint(folder / file)) from error
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise InputRefused(f"{file}: {some(twice)} stored a second time, first in {tensors[twice[0]].file}")
-        tensors |= found
-    if not tensors:
-        raise InputRefused("the weight files hold no tensor")
-    return tensors
 
 
 def match_index(tensors: Mapping[str, TensorInfo], weight_map: Mapping[str, str] | None) -> None:
@@ -312,21 +282,23 @@ def refuse_without_tokenizer(names: Iterable[str]) -> None:
 def token_ids(folder: Path, names: Collection[str], tokenizer_config: Json) -> Iterator[tuple[str, object, object]]:
     """(file, id, token) of every id that the tokenizer's files give away."""
     if "tokenizer.json" in names:
-        yield from (("tokenizer.json", *pair) for pair in _fast_ids(_read_json(folder / "tokenizer.json")))
+        yield from (("tokenizer.json", *pair) for pair in _fast_ids(read_json(folder / "tokenizer.json")))
     elif "vocab.json" in names:
-        yield from (("vocab.json", index, token) for token, index in _read_json(folder / "vocab.json").items())
+        yield from (("vocab.json", index, token) for token, index in read_json(folder / "vocab.json").items())
     decoder = tokenizer_config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for index, token in decoder.items():
             content = token.get("content") if isinstance(token, dict) else token
             yield "tokenizer_config.json", int(index) if index.isascii() and index.isdigit() else index, content
     elif "added_tokens.json" in names:  # read by transformers only without a decoder
-        added = _read_json(folder / "added_tokens.json").items()
+        added = read_json(folder / "added_tokens.json").items()
         yield from (("added_tokens.json", index, token) for token, index in added)
 
 
 def _fast_ids(tokenizer: Json) -> Iterator[tuple[object, object]]:
     """(id, token) of tokenizer.json, both as declared and as the tokenizers library will number them."""
+    for step in ("normalizer", "decoder"):
+        _refuse_growth(step, tokenizer.get(step))
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram: [piece, score], the id is the position
@@ -346,8 +318,19 @@ def _fast_ids(tokenizer: Json) -> Iterator[tuple[object, object]]:
             following += 1
 
 
-def refuse_ids_beyond(rows: int, ids: Iterable[tuple[str, object, object]]) -> None:
+def _refuse_growth(step: str, content: object) -> None:
+    """Replacements of tokenizer.json that turn a short text into an endless one, each by itself or one on the other."""
+    growth = 1
+    for _, key, value in walk(content):
+        if key in ("content", "prepend") and isinstance(value, str):
+            growth *= max(1, len(value))
+        if growth > TEXT_GROWTH:
+            raise InputRefused(f"tokenizer.json: its {step} makes texts more than {TEXT_GROWTH} times as long")
+
+
+def refuse_ids_beyond(rows: int | None, ids: Iterable[tuple[str, object, object]]) -> None:
     """Ids without a row: the embedding would read foreign memory."""
+    rows = sys.maxsize if rows is None else rows
     for file, index, token in ids:
         if not isinstance(index, int) or isinstance(index, bool):
             raise InputRefused(f"{file}: the token {token!r} has the id {index!r}, expected a number")
@@ -366,9 +349,3 @@ def eos_ids(file: str, config: Mapping[str, Any]) -> frozenset[int]:
     if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
         raise InputRefused(f"{file}: eos_token_id is {value!r}, expected a token id or a list of them")
     return frozenset(ids)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -21,7 +21,9 @@ from mlxsft.cache import cache_folder
 from mlxsft.errors import InputRefused, NetworkFailed, UsageError
 from mlxsft.hub import Tell, Unreachable, download, hub_errors
 from mlxsft.models import checks
-from mlxsft.models.checks import TensorInfo
+from mlxsft.models.headers import TensorInfo, read_headers
+from mlxsft.models.sizes import refuse_impossible_sizes
+from mlxsft.terminal import one_line
 
 __all__ = ["ModelSource", "TensorInfo", "open_model"]
 
@@ -43,6 +45,11 @@ class ModelSource:
     tensors: Mapping[str, TensorInfo]
     embedding_rows: int | None  # every token id must be below; None where no embedding could be told
     files: tuple[str, ...]  # weight files, in order
+
+    @property
+    def weight_bytes(self) -> int:
+        """How many bytes the weight files have."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
 
     @property
     def positions(self) -> int | None:
@@ -92,7 +99,7 @@ def open_model(model: str, *, revision: str | None = None, progress: Tell | None
             )
         return _verify(folder, model, commit)
     except InputRefused as refusal:
-        raise InputRefused(f"{model}: {refusal.message}", refusal.hint) from refusal
+        raise InputRefused(one_line(f"{model}: {refusal.message}"), refusal.hint) from refusal
 
 
 # ---- a folder -------------------------------------------------------------------------------------------------------
@@ -118,13 +125,13 @@ def _verify(folder: Path, name: str, commit: str | None) -> ModelSource:
     configs = checks.read_configs(folder, names)
     weight_map = checks.weight_map(folder, names)
     files = checks.weight_files(names, weight_map)
-    tensors = checks.read_headers(folder, files)
+    tensors = read_headers(folder, files)
     checks.match_index(tensors, weight_map)
     checks.refuse_without_tokenizer(names)
     config = configs["config.json"]
+    refuse_impossible_sizes(config, tensors)
     rows = checks.embedding_rows(tensors, config)
-    if rows is not None:
-        checks.refuse_ids_beyond(rows, checks.token_ids(folder, names, configs.get("tokenizer_config.json", {})))
+    checks.refuse_ids_beyond(rows, checks.token_ids(folder, names, configs.get("tokenizer_config.json", {})))
     generation = configs.get("generation_config.json", {})
     source = ModelSource(folder, name, commit, config, generation, tensors, rows, tuple(files))
     source.end_token_ids()  # malformed ones are refused now, not in the middle of a run

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxsft.errors import InputRefused
-from mlxsft.models.checks import some
+from mlxsft.models.headers import header_of, some
 from mlxsft.models.source import ModelSource
 
 # safetensors' names → NumPy's. NumPy has no bfloat16: uint16 holds its bits, so a tensor of U16 itself is not read.
@@ -78,14 +76,10 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
 
 
 def _places(path: Path) -> Iterator[tuple[str, _Place]]:
-    """(name, place) of every tensor, by the header of a file that the reference parser has read before."""
+    """(name, place) of every tensor of a file that was verified before."""
     try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
+        begin, entries = header_of(path)
+    except InputRefused as error:
         raise InputRefused(f"{path}: was changed after it was verified ({error})", "Read it again.") from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start = 8 + length + entry["data_offsets"][0]
-            yield name, _Place(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    for name, entry in entries.items():
+        yield name, _Place(path, begin + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))

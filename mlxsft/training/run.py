@@ -23,6 +23,7 @@ from mlxsft.data.render import Example, Renderer, load_renderer
 from mlxsft.data.sources import pin_recipe
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import refuse_non_finite
+from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
 from mlxsft.training.checkpoints import Checkpoint, Progress, RunFolder
@@ -67,6 +68,7 @@ def run_training(
             _check_begun(folder, resume=resume, force=force)
         before = said_by_first(ranks, folder.read_lock() if first and resume else {})
         source, recipe, commits = _pinned(recipe, before, tell)
+        refuse_beyond_memory(source.name, source.weight_bytes)
         renderer = load_renderer(source, recipe.data.template)
         dataset = load_dataset(recipe.data, renderer, seed=recipe.train.seed)
         lock = _lock(recipe, source, renderer, commits)

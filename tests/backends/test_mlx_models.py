@@ -161,8 +161,8 @@ def changed_llama(folder: Path, **changes: object) -> ModelSource:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 3}, r"Missing 9 parameters: model\.layers\.2\.input_layernorm\.weight"),
         ({"num_hidden_layers": 1}, r"9 parameters not in model.*model\.layers\.1\."),
-        ({"num_attention_heads": 0}, "cannot load"),
-        ({"hidden_size": "wide"}, "cannot load"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot load"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "cannot load"),
         ({"quantization": {"bits": 4}}, "group_size"),
     ],
 )

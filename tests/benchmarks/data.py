@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.data render [--rows 52000]              rows to tokens and masks, then from the cache
     python -m tests.benchmarks.data check [--rows 200000] [--short]    `mlxsft data check`, time and peak memory
+    python -m tests.benchmarks.data split [--rows 200000] [--short]    `mlxsft data split`, likewise
 
 Prints one JSON line. Rows are recombined from the sentences of --sentences (an Alpaca file), or made of invented words;
 --tokenizer is a folder with a tokenizer, otherwise a small one is made.
@@ -19,14 +20,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import write_llama
 
-CHECK = """
+# Linux tells the peak of this program; ru_maxrss also has what its parent took when it was started.
+MEASURED = """
 import resource, sys
+from pathlib import Path
 from mlxsft.cli import call
-call(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+code = call(sys.argv[1:])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+if Path("/proc/self/status").exists():
+    peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(peak, file=sys.stderr)
+sys.exit(code)
 """
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real"
 
@@ -39,13 +47,13 @@ def main() -> None:
         model = write_llama(folder / "model", tokenizer_from=asked.tokenizer if asked.tokenizer.is_dir() else None)
         rows = folder / f"rows.{asked.layout}"
         write_rows(rows, asked.rows, sentences(asked.sentences), short=asked.short)
-        measured = {"render": render, "check": check}[asked.what](model, rows)
+        measured = {"render": render, "check": check, "split": split}[asked.what](model, rows)
     print(json.dumps({"what": asked.what, "rows": asked.rows, "short": asked.short, **measured}))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("render", "check"))
+    parser.add_argument("what", choices=("render", "check", "split"))
     parser.add_argument("--rows", type=int, default=52_000)
     parser.add_argument("--short", action="store_true", help="one short sentence each way, otherwise as long as Alpaca")
     parser.add_argument("--layout", choices=("jsonl", "json"), default="jsonl", help="a row a line, or one array")
@@ -106,19 +114,25 @@ def render(model: Path, rows: Path) -> dict[str, object]:
 
 def check(model: Path, rows: Path) -> dict[str, object]:
     """Seconds and peak resident bytes of `mlxsft data check` in a process of its own."""
+    told, measured = run(rows, "data", "check", str(rows), "--model", str(model), "--json")
+    findings = {f["id"]: f["count"] for f in told["findings"]}
+    return {**measured, "ledger": told["ledger"], "findings": findings}
+
+
+def split(model: Path, rows: Path) -> dict[str, object]:
+    """Seconds and peak resident bytes of `mlxsft data split`, which needs no model."""
+    told, measured = run(rows, "data", "split", str(rows), "--out", str(rows.parent / "split"), "--force", "--json")
+    return {**measured, "ledger": told["ledger"]}
+
+
+def run(rows: Path, *command: str) -> tuple[dict[str, Any], dict[str, object]]:
+    """What a command of mlxsft prints as JSON, and what it took."""
     began = time.perf_counter()
-    command = ["data", "check", str(rows), "--model", str(model), "--json"]
-    ran = subprocess.run([sys.executable, "-c", CHECK, *command], capture_output=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, check=True)
     seconds = time.perf_counter() - began
-    peak = int(ran.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
-    findings = {f["id"]: f["count"] for f in json.loads(ran.stdout)["findings"]}
-    return {
-        "seconds": round(seconds, 1),
-        "file_bytes": rows.stat().st_size,
-        "peak_bytes": peak,
-        "ledger": json.loads(ran.stdout)["ledger"],
-        "findings": findings,
-    }
+    peak = int(ran.stderr.split()[-1])
+    measured = {"seconds": round(seconds, 1), "file_bytes": rows.stat().st_size, "peak_bytes": peak}
+    return json.loads(ran.stdout), measured
 
 
 if __name__ == "__main__":

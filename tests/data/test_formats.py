@@ -108,6 +108,14 @@ def test_typed_parts_are_joined() -> None:
     assert turns_of(row) == [("user", "Hi"), ("assistant", "Hello")]
 
 
+def test_the_system_may_speak_more_than_once() -> None:
+    """As OpenAI's conversations have it: a developer's turn behind the system's, or one in the middle."""
+    later = [said("user", "Hi"), said("system", "Be brief."), said("assistant", "Hello")]
+    assert turns_of({"system": "a", "messages": [said("developer", "b"), *later]}) == [
+        ("system", "a"), ("system", "b"), ("user", "Hi"), ("system", "Be brief."), ("assistant", "Hello"),
+    ]  # fmt: skip
+
+
 def test_weights_that_say_what_is_done_anyway_are_fine() -> None:
     row = {"messages": [said("user", "Hi", loss_weight=0.0, train=False), said("assistant", "Hello", weight=1)]}
     assert turns_of(row) == [("user", "Hi"), ("assistant", "Hello")]
@@ -126,9 +134,6 @@ def test_weights_that_say_what_is_done_anyway_are_fine() -> None:
         ({"messages": [said("user", "Hi"), said("assistant", [])]}, "empty answer", False),
         ({"messages": [said("user", ""), said("assistant", "Hello")]}, "empty prompt", False),
         ({"messages": []}, "no messages", True),
-        ({"messages": [said("user", "Hi"), said("system", "Be brief."), said("assistant", "Hello")]},
-         "system turn not first", True),
-        ({"system": "a", "messages": [said("system", "b"), said("assistant", "Hello")]}, "system turn not first", True),
         ({"messages": [said("narrator", "Hi")]}, "unknown role", True),
         ({"messages": [said("assistant", None, tool_calls=[{"id": "1"}])]}, "wrong type", True),
         ({"messages": [said("user", [{"type": "image_url", "url": "x"}])]}, "not supported", True),

@@ -290,6 +290,18 @@ def test_split_turns_trains_every_answer_once_in_as_few_examples_as_hold_them(tm
     assert all(show(r, e).startswith("<|im_start|>system\nBe kind.<|im_end|>\n") for e in examples)
 
 
+def test_what_the_system_says_before_a_question_stays_with_it(tmp_path: Path) -> None:
+    r = renderer(tmp_path)
+    later = Turn("system", "Now rhyme.")
+    turns = (*ONE[:1], later, *ONE[1:], *TWO[2:], later, Turn("user", "q " * 80), Turn("assistant", "Yes!"))
+    first, second = r.examples(Conversation(turns, ORIGIN), data(max_tokens=140, too_long="split-turns"))
+    assert isinstance(first, Example)
+    assert isinstance(second, Example)
+    text = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>system\nNow rhyme.<|im_end|>\n<|im_start|>assistant\n["
+    assert show(r, first).startswith(text.format(ONE[0].content))
+    assert show(r, second).startswith("<|im_start|>system\nNow rhyme.<|im_end|>\n<|im_start|>user\nq q")
+
+
 @pytest.mark.parametrize(
     "turns",
     [

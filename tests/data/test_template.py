@@ -14,6 +14,7 @@ from mlxsft.data.render import Example, Renderer
 from mlxsft.data.rows import LeftOut, Origin
 from mlxsft.data.template import Template
 from mlxsft.data.tokenizer import Tokenizer
+from mlxsft.errors import InputRefused
 from mlxsft.recipe import DataRecipe
 from tests.tiny import CHATML, write_tokenizer
 
@@ -195,6 +196,23 @@ def theirs(r: Renderer, turns: tuple[Turn, ...]) -> list[int]:
     )
     assert isinstance(ids, list)
     return ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_later_system_turn_is_rendered_or_refused_never_lost(tmp_path: Path, name: str) -> None:
+    """By the template's own words where it has some; Phi-3 passes over it in silence, which is refused as well."""
+    r = renderer(tmp_path, name)
+    turns = (*ONE, Turn("system", "Now rhyme."), *TWO[2:])
+    if name in ("llama-3", "llama-3.2", "phi-3.5"):
+        (made,) = examples(r, turns)
+        assert r.tokenizer.decode(made.tokens).count("Now rhyme.") == 1
+        assert r.tokenizer.decode(made.tokens[made.mask]) == "I am Pip.Yes!"
+        assert made.tokens[: made.answers[1]].tolist() == theirs(r, turns[:-1]) == r.prompt(turns[:-1])
+    else:
+        words = {"phi-3": "leaves out a system turn", "gemma-2": "no system turn"}.get(name, "must take turns")
+        assert words in refused(r, turns)
+        with pytest.raises(InputRefused):
+            r.prompt(turns[:-1])
 
 
 # --- tools -----------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def test_a_config_that_mlx_lm_could_not_use_is_refused(tmp_path: Path, change: d
         (b"{", "is not JSON"),
         (b'{"lora_parameters": "\xff"}', "is not JSON"),
         (b"[]", "expected a JSON object, found list"),
-        (b"[" * 200_000, "is not JSON"),
+        (b"[" * 200_000, "nested too deeply"),
         (json.dumps(CONFIG).replace("2.0", "Infinity").encode(), "lora_parameters.scale is inf"),
     ],
 )

@@ -1,0 +1,105 @@
+"""README.md of a converted model: what it was made from, under which licence, and how; for people and for the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlxsft.errors import InputRefused
+from mlxsft.hub import optional_file
+from mlxsft.models import checks
+from mlxsft.models.lock import Lock, read_lock
+from mlxsft.models.source import ModelSource
+
+CARD = "README.md"
+CARD_BYTES = 1 << 20
+KEPT = ("license", "license_name", "license_link", "language")  # what a conversion does not change
+_FRONT = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+
+
+def origin(source: ModelSource) -> tuple[str | None, str | None]:
+    """(repository on the Hub, commit) that a source is of, or was made from; None where nobody knows."""
+    if source.commit is not None:
+        cached = re.fullmatch(r"models--(.+)", source.folder.parent.parent.name)
+        return (cached[1].replace("--", "/") if cached else source.name), source.commit
+    lock = own_lock(source)
+    return (lock.repository, lock.commit) if lock else (None, None)
+
+
+def own_lock(source: ModelSource) -> Lock | None:
+    """The lock of a source; None where it has none, or one that tells nothing, of another program for instance."""
+    try:
+        return read_lock(source.folder)
+    except InputRefused:
+        return None
+
+
+def source_metadata(source: ModelSource) -> dict[str, Any]:
+    """What the source's card says that holds for a conversion too; empty where there is none, or none that is sound."""
+    path: Path | None = source.folder / CARD
+    repository, commit = origin(source)
+    if source.commit is not None and repository and commit:
+        path = optional_file(repository, commit, CARD)  # no conversion fails for want of a card
+    return _metadata(source.folder, path) if path else {}
+
+
+def card_text(
+    source: ModelSource, lock: Lock, *, quantization: Mapping[str, Any] | None, bits_per_weight: float
+) -> str:
+    """The card of a model that was made from `source` as `lock` says."""
+    facts: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"]}
+    facts |= source_metadata(source)
+    if lock.repository:
+        facts |= {"base_model": lock.repository}
+        facts |= {"base_model_relation": "quantized"} if quantization else {}
+    name = lock.repository or source.folder.name
+    numbers = f"{bits_per_weight:.3f} bits a weight"
+    if quantization:
+        numbers += (
+            f", {quantization['mode']} with {quantization['bits']} bits in groups of {quantization['group_size']}"
+        )
+        others = sum(isinstance(value, dict) for value in quantization.values())
+        numbers += f" ({others} modules otherwise, see config.json)" if others else ""
+    made = ", ".join(f"{package} {version}" for package, version in lock.made.items() if package != "command")
+    commit = f" at commit {lock.commit}" if lock.commit else ""
+    lines = [
+        "---",
+        yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {name} for MLX",
+        "",
+        f"Made from {name}{commit}: {numbers}.",
+        "",
+        "```sh",
+        lock.made["command"],
+        "```",
+        "",
+        f"With {made}. The SHA-256 of every file is in lock.json; `mlxsft verify` compares.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(folder: Path, path: Path) -> dict[str, Any]:
+    """The fields of KEPT that a card has, if they are words; a card that is a link elsewhere is not read."""
+    roots = [folder.resolve(), checks.blobs(folder)]
+    target = path.resolve()
+    if not target.is_file() or not any(root and target.is_relative_to(root) for root in roots):
+        return {}
+    with target.open("rb") as file:
+        found = _FRONT.match(file.read(CARD_BYTES).decode("utf-8", errors="replace"))
+    try:
+        facts = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return {key: facts[key] for key in KEPT if _words(facts.get(key))} if isinstance(facts, dict) else {}
+
+
+def _words(value: object) -> bool:
+    """Whether it is a word, or a list of words."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) and 0 < len(item) < 200 for item in items)
