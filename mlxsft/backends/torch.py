@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.packing import why_different
 from mlxsft.backends.torch_adapters import TorchAdapter, low_rank_layers
 from mlxsft.backends.torch_generation import Sampler
-from mlxsft.backends.torch_loss import Loss
+from mlxsft.backends.torch_loss import Loss, pieces
 from mlxsft.backends.torch_models import LOADING_ERRORS, decoder_layers, load_checkpoint, parameter_count
 from mlxsft.backends.torch_random import RandomKeys, noisy
 from mlxsft.backends.torch_trunk import Trunk
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 PREFILL = 2048  # tokens of a prompt that are computed at once
+# Tokens of a micro-batch that are trained at once, or one row: more would take memory for their activations.
+AT_ONCE = 768
 PLAIN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache can forget its last tokens
 
 
@@ -78,18 +81,21 @@ class TorchBackend:
         self._noise = self._keys.number()
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
-        recipe, sums, loss = self._recipe, self._sums, self._loss  # the loss is tried out before there is noise
         self._restore(batch)
+        return sum(map(self._accumulate, pieces(batch, AT_ONCE))), int(batch.mask[:, 1:].sum())
+
+    def _accumulate(self, piece: Batch) -> float:
+        recipe, sums, loss = self._recipe, self._sums, self._loss  # the loss is tried out before there is noise
         self._train_mode(seed_of(recipe.seed, self._step, sums.batches))
         with ExitStack() as stack:
             stack.callback(self._train_mode, None)
             if (alpha := recipe.neftune_alpha) is not None:
                 embedding = self.model.get_input_embeddings()
                 stack.enter_context(noisy(embedding, alpha, self._keys.of(self._noise)))
-            value = loss.backward(batch, self._trunk_of(batch), recipe)
-        trained = int(batch.mask[:, 1:].sum())
+            value = loss.backward(piece, self._trunk_of(piece), recipe)
+        trained = int(piece.mask[:, 1:].sum())
         self._sums = Sums(sums.loss + value, sums.tokens + trained, sums.batches + 1)
-        return value, trained
+        return value
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is taken without its types
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
@@ -196,9 +202,14 @@ class TorchBackend:
         """The logits [V] of what follows the cache and these tokens, which are then in it."""
         ids, head = torch.tensor([tokens]), self._loss.head
         if head is None:
-            logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits: torch.Tensor = self.model(input_ids=ids, **self._cached(cache)).logits[0, -1]
             return logits
-        return head.logits(head.hidden(ids, past_key_values=cache, use_cache=True)[0, -1:])[0]
+        return head.logits(head.hidden(ids, **self._cached(cache))[0, -1:])[0]
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """The arguments of a model that reads a cache and adds to it; newer transformers call the first `cache`."""
+        names = inspect.signature(self.model.forward).parameters
+        return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
 
     # ---- state
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch, refuse_quantized
 from mlxsft.backends.initial_values import initial_lora_a, principal_factors
+from mlxsft.backends.torch_low_rank import without_detours
 from mlxsft.backends.torch_models import decoder_layers, is_tied, mlx_name, outside, own_weights, target_keys
 from mlxsft.backends.torch_random import KeyedDropout, RandomKeys
 from mlxsft.errors import InputRefused, UsageError
@@ -182,6 +183,7 @@ def add_layers(
         layer.scaling[NAME] = parameters["scale"]
         if share := parameters.get("dropout"):
             layer.lora_dropout[NAME] = KeyedDropout(share, keys)
+        without_detours(layer, NAME)
     if is_tied(model):
         _adapt_tied_head(model)
     model.eval()  # new modules begin in training mode

@@ -16,7 +16,10 @@ from torch import nn
 from mlxsft.backends.torch_intercept import intercepted
 from mlxsft.backends.torch_models import LOADING_ERRORS, is_tied, mlx_name
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits; a few times as much is needed around them
+# Of float32 logits, of which a chunk has two. From 32 MiB on, glibc takes every array from the system anew, its pages
+# not there yet; smaller ones it uses again.
+CHUNK_BYTES = 24 * 2**20
+CHUNK_ROWS = 128  # at least: for fewer, reading the matrix takes longer than multiplying
 TOLERANCE = 1e-4  # of logits, absolute and relative
 TRIED = (2, 8)  # rows and tokens of the trial
 
@@ -63,7 +66,7 @@ class Head:
             given = self.logits(self.hidden(tokens, use_cache=False).flatten(0, 1)).reshape(expected.shape)
         except LOADING_ERRORS as error:
             return f"{type(error).__name__}: {error}"
-        self._chunk_rows = max(16, CHUNK_BYTES // (4 * expected.shape[-1]))
+        self._chunk_rows = max(CHUNK_ROWS, CHUNK_BYTES // (4 * expected.shape[-1]))
         if torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
             return None
         return f"its logits then differ by up to {float((given - expected).abs().max()):.2g}"

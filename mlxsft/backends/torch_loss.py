@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -79,10 +80,12 @@ class Loss:
             summed, slopes = 0.0, []
             for part in self.head.chunks(len(targets)):
                 chunk = hidden[part].detach().requires_grad_()
-                loss = cross_entropy(self.head.logits(chunk), targets[part], reduction="sum", label_smoothing=smoothing)
-                loss.backward()
-                summed += loss.item()
+                logits = self.head.logits(chunk)
+                loss, slope = loss_and_slope(logits.detach(), targets[part], smoothing)
+                logits.backward(slope)
+                summed += loss
                 slopes.append(chunk.grad)
+                del logits, slope  # before the next ones are made
             if slopes and hidden.requires_grad:  # not where the head alone is trained
                 hidden.backward(torch.cat(slopes))
         return summed
@@ -110,6 +113,40 @@ class Loss:
     def _all_logits(self, inputs: Inputs) -> torch.Tensor:
         logits: torch.Tensor = self._model(input_ids=inputs.tokens[:, :-1], **_positions(inputs.positions)).logits
         return logits.flatten(0, 1)[inputs.chosen]
+
+
+def pieces(batch: Batch, tokens: int) -> Iterator[Batch]:
+    """The rows of a batch in equal groups of at most so many tokens, or of one row.
+
+    Each is cut after its last trained token: what follows has no part in any loss. A group without one is left out.
+    """
+    count, width = batch.tokens.shape
+    groups = -(-count // max(1, tokens // width))
+    rows = -(-count // groups)
+    for start in range(0, count, rows):
+        trained = np.flatnonzero(batch.mask[start : start + rows].any(axis=0))
+        if len(trained):
+            place = (slice(start, start + rows), slice(trained[-1] + 1))
+            segments = None if batch.segments is None else batch.segments[place]
+            trunk = None if batch.trunk is None else batch.trunk[place]
+            yield replace(batch, tokens=batch.tokens[place], mask=batch.mask[place], segments=segments, trunk=trunk)
+
+
+def loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[float, torch.Tensor]:
+    """Σ loss of logits [N, V] in nats, and its gradient in them [N, V], in one array where autograd would keep four."""
+    places, spread = targets[:, None], smoothing / logits.shape[1]
+    wanted = (1 - smoothing) * logits.gather(1, places)
+    if smoothing:
+        wanted += smoothing * logits.mean(dim=1, keepdim=True)
+    largest = logits.amax(dim=1, keepdim=True)
+    slope = (logits - largest).exp_()
+    total = slope.sum(dim=1, keepdim=True)
+    loss = float((total.log() + largest - wanted).sum())
+    slope.mul_(1 / total)
+    if smoothing:
+        slope -= spread
+    slope.scatter_add_(1, places, (smoothing - 1) * torch.ones_like(total))
+    return loss, slope
 
 
 def inputs_of(batch: Batch) -> Inputs:

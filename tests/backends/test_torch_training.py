@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxsft.backends.mlx import BLAS_HINT, MlxBackend
 from mlxsft.backends.torch import TorchBackend
+from mlxsft.backends.torch_loss import pieces
 from mlxsft.backends.torch_models import decoder_layers
 from mlxsft.cli import call
 from mlxsft.data.batches import Batch
@@ -147,10 +148,27 @@ def test_the_head_in_chunks_is_the_head_at_once(llama: ModelSource, monkeypatch:
     at_once = training(llama)
     go(at_once, range(2))
     monkeypatch.setattr("mlxsft.backends.torch_head.CHUNK_BYTES", 1)
+    monkeypatch.setattr("mlxsft.backends.torch_head.CHUNK_ROWS", 16)
     chunked = training(llama)
     go(chunked, range(2))
     assert drift(at_once, chunked) < 2e-6
     np.testing.assert_allclose(at_once.losses(make_batch()), chunked.losses(make_batch()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 24, 50])
+def test_a_micro_batch_in_pieces_makes_the_update_of_it_whole(
+    llama: ModelSource, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    batch = make_batch()
+    whole, parts = list(pieces(batch, 10_000)), list(pieces(batch, at_once))
+    assert [len(whole), len(parts)] == [1, -(-8 // max(1, at_once // 12))]
+    assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask.sum())
+    assert all(part.mask[:, -1].any() for part in parts)  # nothing is computed after the last trained token
+    together, apart = training(llama), training(llama)
+    go(together, range(3), rows=8)
+    monkeypatch.setattr("mlxsft.backends.torch.AT_ONCE", at_once)
+    go(apart, range(3), rows=8)
+    assert drift(together, apart) < 2e-6
 
 
 # ---- trunk and packing ----------------------------------------------------------------------------------------------
