@@ -33,6 +33,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
+from mlxsft.backends.mlx_memory import limit_memory  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
@@ -53,11 +54,6 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 
-# Freed memory that is kept for the next arrays on the CPU device. MLX keeps 32 MiB, and each step then asks the system
-# for a gigabyte anew: 50,000 page faults (SmolLM2-135M, 4 rows of 160 tokens).
-CPU_CACHE_BYTES = 2**30
-
-
 class MlxBackend:
     """A checkpoint on MLX's default device; see `mlxsft.backends.Backend` for what each method does."""
 
@@ -70,8 +66,8 @@ class MlxBackend:
         self._compiled = self.device == "gpu"
         if self.device == "cpu":
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
-            mx.set_cache_limit(CPU_CACHE_BYTES)
             self.notes += [BLAS_HINT] if BLAS_HINT else []
+        limit_memory(self.device)
         mx.reset_peak_memory()
         self._source = source
         self.model = load_checkpoint(source)
@@ -106,6 +102,7 @@ class MlxBackend:
 
     def optimize(self, train: TrainRecipe) -> None:
         self._recipe = train
+        limit_memory(self.device, train.cache_limit)
         self._step = 0
         self._state = {name: mx.zeros(shape) for name, shape in state_shapes(train, self._trainable()).items()}
         self._sums = Sums()

@@ -17,6 +17,7 @@ FREE = {
     "train.micro_batch_tokens",
     "train.checkpoint_activations",
     "train.cache_trunk",
+    "train.cache_limit",
     "eval.samples",
     "save.every",
     "save.keep",

@@ -23,7 +23,7 @@ from mlxsft.training.events import Noted, Restarted, Saved, Stepped
 from mlxsft.training.power import awake_command
 from mlxsft.training.run import run_training
 from mlxsft.training.supervisor import Launch, Supervisor, WorkerFailed
-from mlxsft.training.worker import Job
+from mlxsft.training.worker import GPU_VARIABLES, Job, calm_the_gpu
 from tests.training.test_run import events, lines_until, same_adapter, start, train, workers, write_recipe, write_rows
 
 SMALL = {"train__steps": 12, "save__every": 4, "adapter__dropout": 0.0}
@@ -109,6 +109,12 @@ def test_a_line_that_a_kill_cut_off_is_no_bug(tmp_path: Path, tiny_llama: Path) 
         (
             1,
             "RuntimeError: [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:k…)",
+            "watchdog",
+        ),
+        (-signal.SIGABRT, "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:k…)", "watchdog"),
+        (
+            -signal.SIGABRT,
+            "[METAL] … failed: Internal Error (0000000e:Internal Error)",
             "watchdog",
         ),
         (1, "RuntimeError: [ring] connection to a peer was lost", "lost rank"),
@@ -224,6 +230,20 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert not psutil.pid_exists(worker.pid)
+
+
+def test_a_macs_gpu_gets_little_at_once_unless_the_person_has_said_otherwise() -> None:
+    here = {"MLX_MAX_OPS_PER_BUFFER": "50"}
+    calm_the_gpu("linux", here)
+    assert here == {"MLX_MAX_OPS_PER_BUFFER": "50"}
+    calm_the_gpu("darwin", here)
+    assert here == {**GPU_VARIABLES, "MLX_MAX_OPS_PER_BUFFER": "50"}
+
+
+def test_mlx_and_the_gpu_are_not_touched_before_these_variables_are_set() -> None:
+    code = "import sys, mlxsft.training.worker; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"mlx", "mlx.core", "mlx_lm", "transformers"} & set(loaded)
 
 
 # --- power -----------------------------------------------------------------------------------------------------------
