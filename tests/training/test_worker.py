@@ -227,8 +227,11 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
     while "Once more stops at once" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "Stopped at once; what was trained since the last checkpoint is lost." in said
+    assert "Traceback" not in said
+    assert said.rstrip().endswith(f"--out {tmp_path / 'run'} --resume")
     assert not psutil.pid_exists(worker.pid)
 
 
