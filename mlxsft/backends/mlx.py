@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mlxsft.backends import Alone, Ranks, Sampling, Tensors
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
-from mlxsft.backends.initial_values import seed_of
+from mlxsft.backends.initial_values import seed_of, token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
@@ -117,14 +117,14 @@ class MlxBackend:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._train_mode(True)
         parameters, sums = self._trainable(), self._sums
-        key = mx.random.key(seed_of(self._recipe.seed, self._step, sums.batches, self.ranks.rank))
-        loss, gradient = self._gradient(parameters, key, *self._loss.inputs(batch, few_shapes=self._compiled))
+        keys = mx.array(token_keys(batch, self._recipe.seed, self._step)[:, :-1])
+        loss, gradient = self._gradient(parameters, keys, *self._loss.inputs(batch, few_shapes=self._compiled))
         self._set(parameters)  # differentiating leaves its own arrays in the model
         if sums.gradient:
             gradient = {name: sums.gradient[name] + array for name, array in gradient.items()}
         mx.eval(loss, gradient)
         value, trained = float(np.array(loss)), int(batch.mask[:, 1:].sum())
-        self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained, sums.batches + 1)
+        self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained)
         return value, trained
 
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
@@ -182,12 +182,12 @@ class MlxBackend:
     def _trunk(self) -> Trunk:
         return Trunk(self.model, self.trunk_layers())
 
-    def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
+    def _summed_loss(self, parameters: dict[str, mx.array], keys: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
-        self._keys.value = key
+        self._keys.value = keys
         with ExitStack() as stack:
             if (alpha := self._recipe.neftune_alpha) is not None:
-                stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
+                stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys, self._noise))
             return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
 
     def _train_mode(self, training: bool) -> None:
@@ -266,7 +266,6 @@ class Sums:
     gradient: dict[str, mx.array] = field(default_factory=dict)  # of the summed loss
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
-    batches: int = 0
 
 
 def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:

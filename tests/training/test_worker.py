@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,13 +21,13 @@ from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.deaths import Death, cause_of_death
 from mlxsft.training.events import Noted, Restarted, Saved, Stepped
-from mlxsft.training.power import awake_command
+from mlxsft.training.power import awake, awake_command, plugged_in
 from mlxsft.training.run import run_training
 from mlxsft.training.supervisor import Launch, Supervisor, WorkerFailed
 from mlxsft.training.worker import GPU_VARIABLES, Job, calm_the_gpu
 from tests.training.test_run import events, lines_until, same_adapter, start, train, workers, write_recipe, write_rows
 
-SMALL = {"train__steps": 12, "save__every": 4, "adapter__dropout": 0.0}
+SMALL = {"train__steps": 12, "save__every": 4}
 
 
 @pytest.fixture
@@ -255,6 +256,24 @@ def test_mlx_and_the_gpu_are_not_touched_before_these_variables_are_set() -> Non
 def test_only_a_mac_is_kept_awake_and_only_while_the_process_lives() -> None:
     assert awake_command("darwin", 42) == ["/usr/bin/caffeinate", "-ims", "-w", "42"]
     assert awake_command("linux", 42) is None
+
+
+def test_what_keeps_a_mac_awake_ends_with_the_run() -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with awake(sleeping):
+        (child,) = [c for c in psutil.Process().children() if c.cmdline() == sleeping]
+    assert not child.is_running()
+    with awake(None), awake(["/nothing/here"]):  # a system without it
+        pass
+
+
+@pytest.mark.parametrize(("battery", "plugged"), [(None, True), (True, True), (False, False), ("none", True)])
+def test_only_a_battery_that_says_so_is_without_mains(
+    monkeypatch: pytest.MonkeyPatch, battery: bool | str | None, plugged: bool
+) -> None:
+    reading = None if battery == "none" else SimpleNamespace(power_plugged=battery)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: reading, raising=False)
+    assert plugged_in() == plugged
 
 
 def on_battery(readings: list[bool], asked: list[bool], tmp_path: Path, model: Path) -> Iterator[object]:
