@@ -101,15 +101,15 @@ def test_lora_on_a_quantized_base_is_lora_on_the_dequantized_one(
 ) -> None:
     mixed = mode if mode.startswith("mixed") else None
     source = quantized_llama(tmp_path, bits, "affine" if mixed else mode, dtype="float32", mixed=mixed)
-    expected = losses_of(training(source, LORA, learned=False))
+    expected = losses_of(training(source, LORA, learned=False), rate=3e-3)
     leave_little_memory(monkeypatch)
     packed = training(source, LORA, learned=False)
     linear = [m.linear for layer in packed.model.layers for _, m in layer.named_modules() if "lora_a" in m]
     assert all("scales" in module for module in linear)
     assert {module.bits for module in linear} == ({3, 6} if mixed else {bits})
-    found = losses_of(packed)
+    found = losses_of(packed, rate=3e-3)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert found[-1] < 0.95 * found[0]
+    assert found[-1] < 0.99 * found[0]
 
 
 # ---- PEFT -----------------------------------------------------------------------------------------------------------
