@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 
 _WITHOUT_COUNTERPART = {
     "adapter_path": "the run folder is named on the command line, mlxsft train RECIPE --out RUN",
-    "clear_cache_threshold": "has no counterpart",
+    "clear_cache_threshold": "not carried over; train.cache_limit says how much freed memory is kept, in GiB",
     "project_name": "not carried over; a run's events are in its events.jsonl",
     "report_to": "not carried over; a run's events are in its events.jsonl",
     "steps_per_report": "every step is reported",

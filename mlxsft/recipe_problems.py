@@ -39,6 +39,7 @@ _FOREIGN = {
     "train.batch_size or train.micro_batch_tokens": "micro_batch_size",
     "train.beta1": "adam_beta1",
     "train.beta2": "adam_beta2",
+    "train.cache_limit": "clear_cache_threshold",
     "train.checkpoint_activations": "grad_checkpoint gradient_checkpointing",
     "train.clip_norm": "max_grad_norm",
     "train.cycles": "num_cycles lr_num_cycles restarts",

@@ -223,6 +223,12 @@ class TrainRecipe(Section):
         default=False,
         description="Compute activations again in the backward pass instead of keeping them: less memory, slower.",
     )
+    cache_limit: float | None = Field(
+        default=None,
+        ge=0,
+        description="Freed memory in GiB that MLX keeps for the next arrays, instead of giving it back to the system. "
+        "null: 1 on the CPU, on Apple's GPU all of the working set that it recommends. PyTorch keeps its own.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -106,6 +106,7 @@ def test_the_defaults(folder: Path) -> None:
             "seed": 0,
             "cache_trunk": "auto",
             "checkpoint_activations": False,
+            "cache_limit": None,
         },
         "eval": {"every": 0.25, "patience": None, "samples": ()},
         "save": {"every": 0.25, "keep": 2, "adapter": "best"},
@@ -618,6 +619,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             "loss_limit": draw(st.sampled_from(["auto", None]) | st.floats(0, 1e9, exclude_min=True)),
             "seed": draw(st.integers(0, 10**17)),
             "checkpoint_activations": draw(st.booleans()),
+            "cache_limit": draw(st.none() | st.floats(0, 1e6)),
         },
         "eval": {
             "every": draw(every),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mlxsft.data.batches import Batch
 
 SUBSPACE_ITERATIONS, OVERSAMPLING = 8, 16
 
@@ -35,6 +39,22 @@ def principal_factors(matrix: NDArray[np.float32], rank: int) -> tuple[NDArray[n
     left, values, right = np.linalg.svd(matrix @ basis, full_matrices=False)
     roots = np.sqrt(values[:rank])
     return left[:, :rank] * roots, roots[:, None] * (right[:rank] @ basis.T)
+
+
+def token_keys(batch: Batch, seed: int, step: int) -> NDArray[np.uint32]:
+    """[B, T, 3]: a random key of the token's row, the token's position in its row, the row's length.
+
+    What is random in training depends on these alone: it is the same however the rows of an update are cut, padded,
+    packed, or divided among ranks.
+    """
+    lines, columns = np.indices(batch.tokens.shape)
+    numbers = lines if batch.numbers is None else batch.numbers
+    rows, at, lengths = np.unique(numbers, return_inverse=True, return_counts=True)
+    keys = np.array([seed_of(seed, step, int(row) + 1) for row in rows], dtype=np.uint64)
+    begins = np.diff(numbers, axis=1, prepend=-2) != 0
+    positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    of_tokens = [(keys & 0xFFFFFFFF)[at].reshape(numbers.shape), positions, lengths[at].reshape(numbers.shape)]
+    return np.stack(of_tokens, axis=-1).astype(np.uint32)
 
 
 def seed_of(*words: int) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mlxsft.backends import Alone, Ranks, Sampling, Tensors
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
-from mlxsft.backends.initial_values import seed_of
+from mlxsft.backends.initial_values import seed_of, token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
@@ -36,6 +36,7 @@ from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
+from mlxsft.backends.mlx_memory import limit_memory  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
@@ -56,11 +57,6 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 
-# Freed memory that is kept for the next arrays on the CPU device. MLX keeps 32 MiB, and each step then asks the system
-# for a gigabyte anew: 50,000 page faults (SmolLM2-135M, 4 rows of 160 tokens).
-CPU_CACHE_BYTES = 2**30
-
-
 class MlxBackend:
     """A checkpoint on MLX's default device; see `mlxsft.backends.Backend` for what each method does."""
 
@@ -73,8 +69,8 @@ class MlxBackend:
         self._compiled = self.device == "gpu"
         if self.device == "cpu":
             mx.disable_compile()  # mlx-lm's models compile small functions when they are first called
-            mx.set_cache_limit(CPU_CACHE_BYTES)
             self.notes += [BLAS_HINT] if BLAS_HINT else []
+        limit_memory(self.device)
         mx.reset_peak_memory()
         self._source = source
         self.model = load_checkpoint(source)
@@ -112,6 +108,7 @@ class MlxBackend:
     def optimize(self, train: TrainRecipe) -> None:
         self._recipe = train
         self._by_layer, self._loss_of = train.checkpoint_activations, None
+        limit_memory(self.device, train.cache_limit)
         self._step = 0
         self._state = {name: mx.zeros(shape) for name, shape in state_shapes(train, self._trainable()).items()}
         self._sums = Sums()
@@ -127,11 +124,12 @@ class MlxBackend:
         self._train_mode(True)
         sums, parts = self._sums, self._cores.parts(batch)
         with self._cores.sharing(parts):
-            losses, gradients = zip(*self._gradients(parts), strict=True)
+            keys = token_keys(batch, self._recipe.seed, self._step)[:, :-1]
+            losses, gradients = zip(*self._gradients(parts, keys), strict=True)
             gradient = added([sums.gradient, *gradients] if sums.gradient else gradients)
             mx.eval(losses, gradient)
         value, trained = sum(float(np.array(loss)) for loss in losses), int(batch.mask[:, 1:].sum())
-        self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained, sums.batches + 1)
+        self._sums = Sums(gradient, sums.loss + value, sums.tokens + trained)
         return value, trained
 
     def apply(self, learning_rate: float, clip_norm: float | None) -> float:
@@ -197,36 +195,38 @@ class MlxBackend:
     def _trunk(self) -> Trunk:
         return Trunk(self.model, self.trunk_layers())
 
-    def _gradients(self, parts: list[Part]) -> list[tuple[mx.array, dict[str, mx.array]]]:
-        """The summed loss of each part and its gradient."""
+    def _gradients(
+        self, parts: list[Part], token_keys: NDArray[np.uint32]
+    ) -> list[tuple[mx.array, dict[str, mx.array]]]:
+        """The summed loss of each part and its gradient; the keys are those of the whole batch."""
         weights, steps, found = self._trainable(), [], []
-        for number, part in enumerate(parts):
-            key = mx.random.key(seed_of(self._recipe.seed, self._step, self._sums.batches, self.ranks.rank, number))
+        for part in parts:
             with mx.stream(part.stream):
+                keys = mx.array(token_keys[part.rows])
                 inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
                 if self._loss.is_by_layer:
-                    within = partial(self._within, key, part.stream)
+                    within = partial(self._within, keys, part.stream)
                     steps.append(self._loss.by_layer(weights, inputs, self._trunk, self._recipe, within))
                 else:
-                    found.append(self._gradient(weights, key, *inputs))
+                    found.append(self._gradient(weights, keys, *inputs))
         found += together(steps)
         self._set(weights)  # differentiating leaves its own arrays in the model
         return found
 
-    def _summed_loss(self, parameters: dict[str, mx.array], key: mx.array, *inputs: mx.array) -> mx.array:
+    def _summed_loss(self, parameters: dict[str, mx.array], keys: mx.array, *inputs: mx.array) -> mx.array:
         self._set(parameters)
-        with self._within(key):
+        with self._within(keys):
             return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
 
     @contextmanager
-    def _within(self, key: mx.array, stream: Any = None) -> Iterator[None]:
-        """Within it, what is random in the model comes from this key."""
-        self._keys.value = key
+    def _within(self, keys: mx.array, stream: Any = None) -> Iterator[None]:
+        """Within it, what is random in the model comes from the keys of these tokens."""
+        self._keys.value = keys
         with ExitStack() as stack:
             if stream is not None:
                 stack.enter_context(mx.stream(stream))
             if (alpha := self._recipe.neftune_alpha) is not None:
-                stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys.of(self._noise)))
+                stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys, self._noise))
             yield
 
     def _computed(self, parts: list[Part], function: Callable[[Batch], mx.array]) -> list[mx.array]:
@@ -315,7 +315,6 @@ class Sums:
     gradient: dict[str, mx.array] = field(default_factory=dict)  # of the summed loss
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
-    batches: int = 0
 
 
 def added(gradients: Sequence[dict[str, mx.array]]) -> dict[str, mx.array]:

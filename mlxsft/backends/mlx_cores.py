@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.backends.blas import blas_threads, load_blas, set_blas_threads
@@ -45,7 +45,7 @@ class Cores:
         if count < 2:
             return [Part(batch, slice(None), self._default)]
         rows = [slice(start, None, count) for start in range(count)]
-        return [Part(_taken(batch, some), some, self._streams[i]) for i, some in enumerate(rows)]
+        return [Part(batch.part(some), some, self._streams[i]) for i, some in enumerate(rows)]
 
     @contextmanager
     def sharing(self, parts: list[Part]) -> Iterator[None]:
@@ -58,13 +58,3 @@ class Cores:
             yield
         finally:
             set_blas_threads(self._threads)
-
-
-def _taken(batch: Batch, rows: slice) -> Batch:
-    return replace(
-        batch,
-        tokens=batch.tokens[rows],
-        mask=batch.mask[rows],
-        segments=None if batch.segments is None else batch.segments[rows],
-        trunk=None if batch.trunk is None else batch.trunk[rows],
-    )

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from mlxsft.backends import Alone, Ranks, Sampling, Tensors
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
-from mlxsft.backends.initial_values import seed_of
+from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.packing import why_different
 from mlxsft.backends.torch_adapters import TorchAdapter, low_rank_layers
@@ -82,19 +82,21 @@ class TorchBackend:
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         self._restore(batch)
-        return sum(map(self._accumulate, pieces(batch, AT_ONCE))), int(batch.mask[:, 1:].sum())
+        keys = token_keys(batch, self._recipe.seed, self._step)
+        loss = sum(self._accumulate(batch.part(*place), keys[place]) for place in pieces(batch, AT_ONCE))
+        return loss, int(batch.mask[:, 1:].sum())
 
-    def _accumulate(self, piece: Batch) -> float:
+    def _accumulate(self, piece: Batch, keys: NDArray[np.uint32]) -> float:
         recipe, sums, loss = self._recipe, self._sums, self._loss  # the loss is tried out before there is noise
-        self._train_mode(seed_of(recipe.seed, self._step, sums.batches))
+        self._train_mode(keys[:, :-1])
         with ExitStack() as stack:
             stack.callback(self._train_mode, None)
             if (alpha := recipe.neftune_alpha) is not None:
                 embedding = self.model.get_input_embeddings()
-                stack.enter_context(noisy(embedding, alpha, self._keys.of(self._noise)))
+                stack.enter_context(noisy(embedding, alpha, self._keys, self._noise))
             value = loss.backward(piece, self._trunk_of(piece), recipe)
         trained = int(piece.mask[:, 1:].sum())
-        self._sums = Sums(sums.loss + value, sums.tokens + trained, sums.batches + 1)
+        self._sums = Sums(sums.loss + value, sums.tokens + trained)
         return value
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is taken without its types
@@ -166,12 +168,12 @@ class TorchBackend:
         self._sums = Sums()
         self._adapter.forget_gradient()
 
-    def _train_mode(self, key: int | None) -> None:
-        """Dropout with this key, or none. The model's own dropout is always off, as it is on MLX."""
-        self._keys.value = key
+    def _train_mode(self, keys: NDArray[np.uint32] | None) -> None:
+        """Dropout with these keys, or none. The model's own dropout is always off, as it is on MLX."""
+        self._keys.value = keys
         if self._adapter.config.get("fine_tune_type") == "dora":  # PEFT's leaves dropout to a training layer
             for layer in low_rank_layers(self.model).values():
-                layer.training = key is not None
+                layer.training = keys is not None
 
     # ---- generation
 
@@ -252,7 +254,6 @@ class Sums:
 
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
-    batches: int = 0
 
 
 def peak_resident_bytes() -> int:

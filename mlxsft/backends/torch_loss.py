@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -115,21 +114,18 @@ class Loss:
         return logits.flatten(0, 1)[inputs.chosen]
 
 
-def pieces(batch: Batch, tokens: int) -> Iterator[Batch]:
-    """The rows of a batch in equal groups of at most so many tokens, or of one row.
+def pieces(batch: Batch, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """The lines of a batch in equal groups of at most so many tokens, or of one line, and the columns that each needs.
 
-    Each is cut after its last trained token: what follows has no part in any loss. A group without one is left out.
+    Each ends with its last trained token: what follows has no part in any loss. A group without one is left out.
     """
     count, width = batch.tokens.shape
     groups = -(-count // max(1, tokens // width))
-    rows = -(-count // groups)
-    for start in range(0, count, rows):
-        trained = np.flatnonzero(batch.mask[start : start + rows].any(axis=0))
+    lines = -(-count // groups)
+    for start in range(0, count, lines):
+        trained = np.flatnonzero(batch.mask[start : start + lines].any(axis=0))
         if len(trained):
-            place = (slice(start, start + rows), slice(trained[-1] + 1))
-            segments = None if batch.segments is None else batch.segments[place]
-            trunk = None if batch.trunk is None else batch.trunk[place]
-            yield replace(batch, tokens=batch.tokens[place], mask=batch.mask[place], segments=segments, trunk=trunk)
+            yield slice(start, start + lines), slice(trained[-1] + 1)
 
 
 def loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[float, torch.Tensor]:

@@ -102,6 +102,7 @@ def train(
     starting = launcher(*(read_hosts(hosts) if hosts else (local_hosts(ranks or 1), {})))
     if rank is not None:
         restarts = 0  # the others would not be started again
+    go_on = resume_command(out, ranks=shared)
     said = "Stopping after this step, then saving. Once more stops at once."
     with (
         stop_requested(said=said) as stop,
@@ -111,17 +112,21 @@ def train(
     ):
         last = None
         supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told, ranks=shared)
-        with closing(supervisor.events()) as events:
-            for event in events:
-                if not rank:
-                    report.show(event)
-                last = event
+        try:
+            with closing(supervisor.events()) as events:
+                for event in events:
+                    if not rank:
+                        report.show(event)
+                    last = event
+        except KeyboardInterrupt:
+            said = "Stopped at once; what was trained since the last checkpoint is lost."
+            raise Interrupted(said, f"Go on with: {go_on}" if RunFolder(out).begun else None) from None
     if isinstance(last, Finished) and last.reason == "interrupted":
         said = f"Stopped after step {last.step} of {last.total_steps}; it is saved."
         if last.step == 0:
             said = "Stopped before the first step; nothing is trained yet."
         exit_code = stop.exit_code if stop() else 143  # the worker alone was told to
-        raise Interrupted(said, f"Go on with: {resume_command(out, ranks=shared)}", exit_code=exit_code)
+        raise Interrupted(said, f"Go on with: {go_on}", exit_code=exit_code)
     if not as_json and not rank:
         chat = shlex.join(["mlxsft", "chat", loaded.model, "--adapter", str(out)])
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)
@@ -138,12 +143,12 @@ def wants_to_resume(folder: RunFolder) -> bool:
     state = folder.state()
     if state is None:
         return False
-    saved = f"step {state.step}" + f" of {state.total_steps}" * (state.total_steps is not None)
+    folder.refuse_busy()
     if not state.finished and sys.stdin.isatty() and sys.stderr.isatty():
-        if click.confirm(f"{folder.path}: {saved} is saved. Go on?", default=True, err=True):
+        if click.confirm(f"{folder.path} holds a run: {state.sentence}. Go on?", default=True, err=True):
             return True
         raise UsageError("The run is left as it is.", "--force begins anew and deletes it, another --out leaves it.")
     raise UsageError(
-        f"{folder.path}: this folder holds a run already, {'finished' if state.finished else saved + ' is saved'}",
+        f"{folder.path}: this folder holds a run already; {state.sentence}",
         f"To go on: {resume_command(folder.path)}. --force begins anew and deletes it, another --out leaves it alone.",
     )

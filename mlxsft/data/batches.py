@@ -46,6 +46,12 @@ class Batch:
     mask: NDArray[np.bool_]  # [B, T], False on padding
     segments: NDArray[np.int32] | None = None  # [B, T], 1, 2, 3 … from the left, 0 on padding
     trunk: NDArray[Any] | None = None  # [B, T, D], what the frozen layers give, where that is kept; 0 on padding
+    numbers: NDArray[np.int64] | None = None  # [B, T], `Example.number` of each token, -1 on padding; None: the line's
+
+    def part(self, lines: slice, columns: slice = slice(None)) -> Batch:
+        """Some lines of it, and some columns of those."""
+        arrays = (self.tokens, self.mask, self.segments, self.trunk, self.numbers)
+        return Batch(*(None if array is None else array[lines, columns] for array in arrays))  # type: ignore[arg-type]
 
 
 def epoch_order(lengths: ArrayLike, batch_size: int, *, seed: int, epoch: int) -> list[Rows]:
@@ -233,6 +239,7 @@ def _laid(packs: Sequence[Sequence[Example]], columns: int) -> Batch:
     """The examples of each pack in a line of `columns`. Raises ValueError where the first token of a row is trained."""
     shape = (len(packs), columns)
     tokens, mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+    numbers = np.full(shape, -1, np.int64)
     kept = packs[0][0].trunk
     trunk = None if kept is None else np.zeros((*shape, kept.shape[-1]), kept.dtype)
     for line, rows in enumerate(packs):
@@ -244,10 +251,11 @@ def _laid(packs: Sequence[Sequence[Example]], columns: int) -> Batch:
                 )
             place = slice(start, start + len(example.tokens))
             tokens[line, place], mask[line, place], segments[line, place] = example.tokens, example.mask, number
+            numbers[line, place] = example.number
             if trunk is not None:
                 trunk[line, place] = example.trunk
             start = place.stop
-    return Batch(tokens, mask, segments, trunk)
+    return Batch(tokens, mask, segments, trunk, numbers)
 
 
 def padding_share(groups: Iterable[Rows], lengths: ArrayLike) -> float:

@@ -49,6 +49,7 @@ class Example:
     answers: tuple[int, ...] = ()
     note: str = ""
     trunk: np.ndarray | None = None  # [T, D], what the frozen layers give, where that is kept
+    number: int = 0  # of all that are trained; what is random in training depends on it
 
 
 Made = list[Example | LeftOut]  # what one row gives

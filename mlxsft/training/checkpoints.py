@@ -73,9 +73,17 @@ class Checkpoint:
 class Begun:
     """How far the run in a folder is, as its files say without their hashes being looked at."""
 
-    step: int  # that is saved
-    total_steps: int | None  # null: it was stopped before its first step
+    step: int | None  # that is saved; None: none is
+    total_steps: int | None  # None: it was stopped before it began to train
     finished: bool
+
+    @property
+    def sentence(self) -> str:
+        """How far it is, as a clause."""
+        if self.finished:
+            return "it is finished"
+        of = "" if self.total_steps is None else f" of {self.total_steps}"
+        return "nothing of it is saved yet" if self.step is None else f"step {self.step}{of} is saved"
 
 
 class RunFolder:
@@ -97,7 +105,7 @@ class RunFolder:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UsageError(f"{self.path}: another run is at work in this folder", "Give another --out.") from None
+                raise self._taken() from None
         try:
             self._remove_partial()
             yield
@@ -129,6 +137,14 @@ class RunFolder:
         except OSError:  # a folder that cannot be written to
             return False
 
+    def refuse_busy(self) -> None:
+        """Returns where no run is at work in the folder. Raises UsageError where one is."""
+        if self.busy:
+            raise self._taken()
+
+    def _taken(self) -> UsageError:
+        return UsageError(f"{self.path}: another run is at work in this folder", "Wait for it, or give another --out.")
+
     @property
     def begun(self) -> bool:
         return self.recipe.exists() or self.checkpoints.exists()
@@ -141,7 +157,7 @@ class RunFolder:
         total = next((e.total_steps for e in reversed(events) if isinstance(e, Started)), None)
         last = events[-1] if events else None
         finished = isinstance(last, Finished) and last.reason != "interrupted"
-        return Begun(max(self.steps(), default=0), total, finished)
+        return Begun(max(self.steps(), default=None), total, finished)
 
     def clear(self) -> None:
         """Remove what an earlier run left; anything else in the folder stays."""

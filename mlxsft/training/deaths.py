@@ -17,12 +17,15 @@ _MEMORY = (
     "std::bad_alloc",
     "MemoryError",
 )
-# What Metal writes when one command keeps the screen waiting too long.
+# What Metal writes when one command keeps the screen waiting too long; the last, as MLX's authors read it
+# (https://github.com/ml-explore/mlx/issues/1231).
 _WATCHDOG = (
     "GPU Timeout Error",
     "kIOGPUCommandBufferCallbackErrorTimeout",
+    "Impacting Interactivity",
     "kIOGPUCommandBufferCallbackErrorImpactingInteractivity",
     "GPU Hang",
+    "Internal Error (0000000e",
 )
 _LOST_RANK = ("[ring] connection to a peer was lost", "[ring] Couldn't connect")
 

@@ -148,7 +148,8 @@ class Training:
         train, step = self.recipe.train, self.progress.step + 1
         began = time.perf_counter()
         rows = self._rows_of(step)
-        loss, trained, computed = self._accumulate([self.rows[i] for i in self._share(rows, self.lengths)])
+        mine = [replace(self.rows[i], number=int(i)) for i in self._share(rows, self.lengths)]
+        loss, trained, computed = self._accumulate(mine)
         rate = self.progress.rate_factor * learning_rate(step, self.plan.total_steps, train)
         norm = self.backend.apply(rate, train.clip_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))

@@ -290,19 +290,19 @@ def finish_line(event: Finished) -> str:
     }
     parts = [f"{how[event.reason]} after {event.step} of {event.total_steps} steps in {duration(event.seconds)}"]
     if event.loss is not None:
-        parts.append(f"loss {event.loss:.4f}")
-    if event.valid_loss is not None:
-        parts.append(f"validation {event.valid_loss:.4f}")
+        parts.append(f"training loss {event.loss:.4f}")
+    valid = [f"{event.valid_loss_before:.4f} before training"] if event.valid_loss_before is not None else []
+    valid += [f"{event.valid_loss:.4f} at last"] if event.valid_loss is not None else []
     if event.best_valid_loss is not None:
         step = "" if event.best_step is None else f" at step {event.best_step}"
-        parts.append(f"best {event.best_valid_loss:.4f}{step}")
-    if event.valid_loss_before is not None:
-        parts.append(f"before training {event.valid_loss_before:.4f}")
+        valid.append(f"{event.best_valid_loss:.4f} at best{step}")
+    if valid:
+        parts.append(f"validation loss {', '.join(valid)}")
     if event.padding_share is not None:
         parts.append(f"{event.padding_share:.1%} of the computed tokens were padding")
     if event.skipped_steps:
         parts.append(f"{event.skipped_steps} steps skipped because they were not finite")
-    return ", ".join(parts) + "." + "".join(f"\n{sentence}" for sentence in _adapter_sentences(event))
+    return "; ".join(parts) + "." + "".join(f"\n{sentence}" for sentence in _adapter_sentences(event))
 
 
 def _adapter_sentences(event: Finished) -> Iterator[str]:

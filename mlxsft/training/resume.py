@@ -12,11 +12,12 @@ from mlxsft.recipe_file import shown
 from mlxsft.training.checkpoints import RunFolder
 
 # Settings that decide how much is computed at once, what is shown and what is kept, never what is learned: they may
-# change without being named. (Other micro-batches add up in another order and draw other dropout zeros.)
+# change without being named. (Other micro-batches add up in another order.)
 FREE = {
     "train.micro_batch_tokens",
     "train.checkpoint_activations",
     "train.cache_trunk",
+    "train.cache_limit",
     "eval.samples",
     "save.every",
     "save.keep",

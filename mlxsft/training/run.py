@@ -290,7 +290,7 @@ def _already_ended(folder: RunFolder, recipe: Recipe, dataset: Dataset, checkpoi
     if state is None or not state.finished or checkpoint is None or checkpoint.progress.step != state.step:
         return None
     patience, waited = recipe.eval.patience, checkpoint.progress.evaluations_since_best
-    if state.step < total and (patience is None or waited < patience):
+    if checkpoint.progress.step < total and (patience is None or waited < patience):
         return None
     chosen, lost = folder.chosen(checkpoint, recipe.save.adapter)
     if lost or not folder.has_adapter_of(chosen):

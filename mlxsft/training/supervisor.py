@@ -180,8 +180,10 @@ class Supervisor:
             hint = "Take a smaller or a quantized model, or close other programs." if death.smaller_helps else None
             return OutOfResources(f"the training process died before training began: {death.cause}", hint)
         again = f", the last time of {number}" if number > 1 else ""
+        screen = "macOS does not do that while the display is off. " if death.kind == "watchdog" else ""
         return OutOfResources(
-            f"the training process died{again}: {death.cause}", f"Go on from the last checkpoint: {self._go_on()}"
+            f"the training process died{again}: {death.cause}",
+            f"{screen}Go on from the last checkpoint: {self._go_on()}",
         )
 
     def _go_on(self) -> str:

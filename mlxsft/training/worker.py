@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,14 @@ from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.events import Restarted, from_json
 
 OnBattery = Literal["go-on", "pause"]
+
+# What keeps macOS from ending a computation that makes the screen wait (https://github.com/ml-explore/mlx/issues/3267):
+# MLX hands the GPU less at once than by its own choice, and Apple's driver is more patient. Never run on a Mac yet.
+GPU_VARIABLES = {
+    "MLX_MAX_OPS_PER_BUFFER": "10",
+    "MLX_MAX_MB_PER_BUFFER": "20",
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,15 @@ def work(job: Job, channel: Channel, parent_is_gone: threading.Event) -> int:
     return 0
 
 
+def calm_the_gpu(platform: str, environment: MutableMapping[str, str]) -> None:
+    """Set GPU_VARIABLES on a Mac, but for those that the person has set; MLX and the driver read them once."""
+    if platform == "darwin":
+        for name, value in GPU_VARIABLES.items():
+            environment.setdefault(name, value)
+
+
 def main() -> int:
+    calm_the_gpu(sys.platform, os.environ)
     # The channel gets stdout for itself; what libraries print goes to stderr.
     channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)

@@ -99,11 +99,15 @@ def make_batch(rows: int = 8, width: int = 12, *, vocabulary: int = 256, seed: i
 
 def rows_of(batch: Batch, size: int) -> list[Batch]:
     """The batch in groups of `size` rows."""
-    return [Batch(batch.tokens[i : i + size], batch.mask[i : i + size]) for i in range(0, len(batch.tokens), size)]
+    numbers = np.indices(batch.tokens.shape)[0]
+    parts = [slice(i, i + size) for i in range(0, len(batch.tokens), size)]
+    return [Batch(batch.tokens[part], batch.mask[part], numbers=numbers[part]) for part in parts]
 
 
-def quantized_llama(folder: Path, bits: int = 4, mode: str = "affine", dtype: str = "bfloat16") -> ModelSource:
-    """A llama that mlx-lm has quantized."""
+def quantized_llama(
+    folder: Path, bits: int = 4, mode: str = "affine", dtype: str = "bfloat16", mixed: str | None = None
+) -> ModelSource:
+    """A llama that mlx-lm has quantized; `mixed` is its name for another number of bits in some modules."""
     source = write_llama(folder / "base")
     mlx_lm("utils")
     from mlx_lm.convert import convert
@@ -117,6 +121,7 @@ def quantized_llama(folder: Path, bits: int = 4, mode: str = "affine", dtype: st
         q_group_size=16 if mode == "nvfp4" else 32,
         q_mode=mode,
         dtype=dtype,
+        quant_predicate=mixed,
     )
     return open_model(out)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxsft.backends.initial_values import initial_lora_a, principal_factors
+from mlxsft.backends.initial_values import initial_lora_a, principal_factors, token_keys
+from mlxsft.data.batches import Batch, pack, stack
+from mlxsft.data.places import Origin
+from mlxsft.data.render import Example
 
 NAME = "model.layers.0.self_attn.q_proj.lora_a"
 
@@ -42,3 +45,25 @@ def test_principal_factors_are_those_of_the_decomposition(shape: tuple[int, int]
     assert error < least * (1 + 1e-4)
     np.testing.assert_allclose(np.square(left).sum(axis=0), values[:4], rtol=1e-3)
     np.testing.assert_allclose(np.square(right).sum(axis=1), values[:4], rtol=1e-3)
+
+
+def test_the_keys_of_a_row_are_its_own_however_it_lies() -> None:
+    rows = [
+        Example(np.arange(n), np.zeros(n, bool), Origin("rows", 1), number=number) for number, n in ((7, 5), (2, 3))
+    ]
+    side_by_side, packed = token_keys(stack(rows), 0, 4), token_keys(pack([rows[::-1]]), 0, 4)
+    assert packed.shape == (1, 8, 3)
+    assert packed.dtype == np.uint32
+    np.testing.assert_array_equal(packed[0, :3], side_by_side[1, :3])
+    np.testing.assert_array_equal(packed[0, 3:8], side_by_side[0, :5])
+    assert packed[0, :, 1:].tolist() == [[0, 3], [1, 3], [2, 3], [0, 5], [1, 5], [2, 5], [3, 5], [4, 5]]
+    assert token_keys(stack(rows[1:]), 0, 4)[0, 0, 0] == packed[0, 0, 0]
+    keys = {int(token_keys(stack([row]), seed, step)[0, 0, 0]) for row in rows for seed in (0, 1) for step in (4, 5)}
+    assert len(keys) == 8
+
+
+def test_lines_without_numbers_are_rows_of_their_own() -> None:
+    keys = token_keys(Batch(np.zeros((2, 3), np.int32), np.zeros((2, 3), bool)), 0, 0)
+    assert keys[..., 1].tolist() == [[0, 1, 2]] * 2
+    assert (keys[..., 2] == 3).all()
+    assert len(set(keys[:, 0, 0].tolist())) == 2

@@ -92,6 +92,26 @@ def test_mlx_lm_loads_an_adapter_of_a_quantized_base(
     np.testing.assert_allclose(found, backend.losses(batch)[:, 1:], rtol=1e-4, atol=1e-4)
 
 
+FORMATS = [(2, "affine"), (5, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4"), (4, "mixed_3_6")]
+
+
+@pytest.mark.parametrize(("bits", "mode"), FORMATS)
+def test_lora_on_a_quantized_base_is_lora_on_the_dequantized_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, mode: str
+) -> None:
+    mixed = mode if mode.startswith("mixed") else None
+    source = quantized_llama(tmp_path, bits, "affine" if mixed else mode, dtype="float32", mixed=mixed)
+    expected = losses_of(training(source, LORA, learned=False), rate=3e-3)
+    leave_little_memory(monkeypatch)
+    packed = training(source, LORA, learned=False)
+    linear = [m.linear for layer in packed.model.layers for _, m in layer.named_modules() if "lora_a" in m]
+    assert all("scales" in module for module in linear)
+    assert {module.bits for module in linear} == ({3, 6} if mixed else {bits})
+    found = losses_of(packed, rate=3e-3)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found[-1] < 0.99 * found[0]
+
+
 # ---- PEFT -----------------------------------------------------------------------------------------------------------
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

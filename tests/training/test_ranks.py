@@ -32,7 +32,7 @@ SETTINGS = {
     "data__valid": 1,
     "eval__every": 6,
     "save__every": 8,
-    "adapter__dropout": 0.0,
+    "adapter__dropout": 0.1,
 }
 
 

@@ -75,8 +75,8 @@ def test_overfitting_is_said_with_its_numbers_and_what_helps() -> None:
 def test_the_end_says_why_and_whose_adapter_it_is() -> None:
     end = Finished("patience", 8, 20, 0, 10, 1.0, 0.5, 0.75, 0.625, None, 0.5, 4, 5, 3, 4)
     assert event_line(end) == (
-        "Stopped early, 3 evaluations without improvement, after 8 of 20 steps in 0:00:01, loss 0.5000, "
-        "validation 0.7500, best 0.6250 at step 4, before training 0.5000.\n"
+        "Stopped early, 3 evaluations without improvement, after 8 of 20 steps in 0:00:01; training loss 0.5000; "
+        "validation loss 0.5000 before training, 0.7500 at last, 0.6250 at best at step 4.\n"
         "The adapter is that of step 4, the best of 5 evaluations.\n"
         "No evaluation was better than the model before training: look at the rows and the learning rate."
     )

@@ -217,6 +217,22 @@ def test_allow_change_is_for_a_run_that_is_resumed(tmp_path: Path, tiny_llama: P
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_saved_nothing_says_so(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    assert call(["train", str(stopped.parent / "recipe.yaml"), "--out", str(stopped)]) == 2
+    assert "holds a run already; nothing of it is saved yet" in capsys.readouterr().err
+    assert resume(stopped) == 0
+    assert [s["step"] for s in events(stopped, "step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_is_offered_while_a_run_is_at_work(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunFolder(stopped).held():
+        assert call(["train", str(stopped.parent / "recipe.yaml"), "--out", str(stopped)]) == 2
+    said = capsys.readouterr().err
+    assert "another run is at work in this folder" in said
+    assert "--resume" not in said
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 @pytest.mark.parametrize(("answer", "code", "steps"), [("n", 2, 3), ("", 0, 6)])
 def test_in_a_terminal_an_unfinished_run_is_offered(stopped: Path, answer: str, code: int, steps: int) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,13 +21,13 @@ from mlxsft.recipe import load_recipe
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.deaths import Death, cause_of_death
 from mlxsft.training.events import Noted, Restarted, Saved, Stepped
-from mlxsft.training.power import awake_command
+from mlxsft.training.power import awake, awake_command, plugged_in
 from mlxsft.training.run import run_training
 from mlxsft.training.supervisor import Launch, Supervisor, WorkerFailed
-from mlxsft.training.worker import Job
+from mlxsft.training.worker import GPU_VARIABLES, Job, calm_the_gpu
 from tests.training.test_run import events, lines_until, same_adapter, start, train, workers, write_recipe, write_rows
 
-SMALL = {"train__steps": 12, "save__every": 4, "adapter__dropout": 0.0}
+SMALL = {"train__steps": 12, "save__every": 4}
 
 
 @pytest.fixture
@@ -109,6 +110,12 @@ def test_a_line_that_a_kill_cut_off_is_no_bug(tmp_path: Path, tiny_llama: Path) 
         (
             1,
             "RuntimeError: [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:k…)",
+            "watchdog",
+        ),
+        (-signal.SIGABRT, "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:k…)", "watchdog"),
+        (
+            -signal.SIGABRT,
+            "[METAL] … failed: Internal Error (0000000e:Internal Error)",
             "watchdog",
         ),
         (1, "RuntimeError: [ring] connection to a peer was lost", "lost rank"),
@@ -221,9 +228,26 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
     while "Once more stops at once" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "Stopped at once; what was trained since the last checkpoint is lost." in said
+    assert "Traceback" not in said
+    assert said.rstrip().endswith(f"--out {tmp_path / 'run'} --resume")
     assert not psutil.pid_exists(worker.pid)
+
+
+def test_a_macs_gpu_gets_little_at_once_unless_the_person_has_said_otherwise() -> None:
+    here = {"MLX_MAX_OPS_PER_BUFFER": "50"}
+    calm_the_gpu("linux", here)
+    assert here == {"MLX_MAX_OPS_PER_BUFFER": "50"}
+    calm_the_gpu("darwin", here)
+    assert here == {**GPU_VARIABLES, "MLX_MAX_OPS_PER_BUFFER": "50"}
+
+
+def test_mlx_and_the_gpu_are_not_touched_before_these_variables_are_set() -> None:
+    code = "import sys, mlxsft.training.worker; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"mlx", "mlx.core", "mlx_lm", "transformers"} & set(loaded)
 
 
 # --- power -----------------------------------------------------------------------------------------------------------
@@ -232,6 +256,24 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
 def test_only_a_mac_is_kept_awake_and_only_while_the_process_lives() -> None:
     assert awake_command("darwin", 42) == ["/usr/bin/caffeinate", "-ims", "-w", "42"]
     assert awake_command("linux", 42) is None
+
+
+def test_what_keeps_a_mac_awake_ends_with_the_run() -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with awake(sleeping):
+        (child,) = [c for c in psutil.Process().children() if c.cmdline() == sleeping]
+    assert not child.is_running()
+    with awake(None), awake(["/nothing/here"]):  # a system without it
+        pass
+
+
+@pytest.mark.parametrize(("battery", "plugged"), [(None, True), (True, True), (False, False), ("none", True)])
+def test_only_a_battery_that_says_so_is_without_mains(
+    monkeypatch: pytest.MonkeyPatch, battery: bool | str | None, plugged: bool
+) -> None:
+    reading = None if battery == "none" else SimpleNamespace(power_plugged=battery)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: reading, raising=False)
+    assert plugged_in() == plugged
 
 
 def on_battery(readings: list[bool], asked: list[bool], tmp_path: Path, model: Path) -> Iterator[object]:
