@@ -94,15 +94,15 @@ def train(
             "the ranks are given twice", "Give one of --ranks and --hosts, and neither under mlx.launch or mpirun."
         )
     loaded = load_recipe(recipe, overrides)
-    resume = resume or (not force and wants_to_resume(RunFolder(out)))
+    again = options_again(backend, on_battery, ranks, hosts)
+    resume = resume or (not force and wants_to_resume(RunFolder(out), again))
     if allow_changes and not resume:
         raise UsageError("--allow-change is about a run that is resumed", "Add --resume.")
     job = Job(loaded, out, backend, resume, force, allow_changes, "pause" if on_battery == "pause" else "go-on")
-    shared = ["--hosts", str(hosts)] if hosts else ["--ranks", str(ranks)] if ranks else []
     starting = launcher(*(read_hosts(hosts) if hosts else (local_hosts(ranks or 1), {})))
     if rank is not None:
         restarts = 0  # the others would not be started again
-    go_on = resume_command(out, ranks=shared)
+    go_on = resume_command(out, options=again)
     said = "Stopping after this step, then saving. Once more stops at once."
     with (
         stop_requested(said=said) as stop,
@@ -111,7 +111,7 @@ def train(
         starting as launches,
     ):
         last = None
-        supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told, ranks=shared)
+        supervisor = Supervisor(job, launches, restarts=restarts, stop=stop, tell=told, options=again)
         try:
             with closing(supervisor.events()) as events:
                 for event in events:
@@ -132,10 +132,20 @@ def train(
         click.echo(f"The adapter is in {out}. Try it: {chat}", err=True)
 
 
-def wants_to_resume(folder: RunFolder) -> bool:
+def options_again(backend: str, on_battery: str, ranks: int | None, hosts: Path | None) -> list[str]:
+    """The options of a run that the command which goes on with it needs: they are in no recipe."""
+    return [
+        *(["--backend", backend] if backend != "auto" else []),
+        *(["--on-battery", on_battery] if on_battery != "go-on" else []),
+        *(["--hosts", str(hosts)] if hosts else ["--ranks", str(ranks)] if ranks else []),
+    ]
+
+
+def wants_to_resume(folder: RunFolder, options: list[str]) -> bool:
     """Whether the person wants to go on with the unfinished run in the folder; asked in a terminal only.
 
-    Raises UsageError where there is a run, and nobody to ask or nothing to ask for.
+    Raises UsageError where there is a run, and nobody to ask or nothing to ask for; it says the command that goes on,
+    with these options.
     """
     from mlxsft.errors import UsageError
     from mlxsft.training.supervisor import resume_command
@@ -150,5 +160,6 @@ def wants_to_resume(folder: RunFolder) -> bool:
         raise UsageError("The run is left as it is.", "--force begins anew and deletes it, another --out leaves it.")
     raise UsageError(
         f"{folder.path}: this folder holds a run already; {state.sentence}",
-        f"To go on: {resume_command(folder.path)}. --force begins anew and deletes it, another --out leaves it alone.",
+        f"To go on: {resume_command(folder.path, options=options)}. --force begins anew and deletes it, another --out "
+        "leaves it alone.",
     )

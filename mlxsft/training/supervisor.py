@@ -125,7 +125,8 @@ class Worker:
 class Supervisor:
     """One run: its processes, started again where they die.
 
-    `launches` says anew each time how they are started, and `ranks` which arguments of `mlxsft train` mean that.
+    `launches` says anew each time how they are started, and `options` which arguments of `mlxsft train` belong to the
+    command that goes on with the run.
     """
 
     def __init__(
@@ -136,10 +137,10 @@ class Supervisor:
         restarts: int,
         stop: Stop,
         tell: Callable[[str], None],
-        ranks: Sequence[str] = (),
+        options: Sequence[str] = (),
     ) -> None:
         self.job = job
-        self.ranks = ranks
+        self.options = options
         self.launches = launches
         self.restarts = restarts
         self.stop = stop
@@ -188,7 +189,7 @@ class Supervisor:
 
     def _go_on(self) -> str:
         restarted = self.job.restarted
-        return resume_command(self.job.out, restarted.micro_batch_tokens if restarted else None, self.ranks)
+        return resume_command(self.job.out, restarted.micro_batch_tokens if restarted else None, self.options)
 
     # --- one attempt -----------------------------------------------------------------------------------------------
 
@@ -267,8 +268,8 @@ def worker_command() -> list[str]:
     return [sys.executable, *safe, "-m", "mlxsft.training.worker"]
 
 
-def resume_command(out: Path, micro_batch_tokens: int | None = None, ranks: Sequence[str] = ()) -> str:
-    """The command that goes on with the run in `out`, with these micro-batches and ranks where given."""
+def resume_command(out: Path, micro_batch_tokens: int | None = None, options: Sequence[str] = ()) -> str:
+    """The command that goes on with the run in `out`, with these micro-batches and options where given."""
     smaller = ["--set", f"train.micro_batch_tokens={micro_batch_tokens}"] if micro_batch_tokens else []
     recipe = str(RunFolder(out).recipe)
-    return shlex.join(["mlxsft", "train", recipe, "--out", str(out), "--resume", *ranks, *smaller])
+    return shlex.join(["mlxsft", "train", recipe, "--out", str(out), "--resume", *options, *smaller])

@@ -363,6 +363,15 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_as_if_never_stopped
     assert ends[0]["best_valid_loss"] == ends[1]["best_valid_loss"]
 
 
+def test_the_command_to_go_on_has_the_options_that_no_recipe_keeps(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, train__steps=2000, save__every=2000)
+    process = start(recipe, tmp_path / "run", "--backend", "mlx", "--on-battery", "pause")
+    list(lines_until(process, "step", 1))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.rstrip().endswith(f"--out {tmp_path / 'run'} --resume --backend mlx --on-battery pause")
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train__steps=20, save__every=5)
     process = start(recipe, tmp_path / "run")
