@@ -33,6 +33,7 @@ Steps = Generator[list[mx.array], None, tuple[mx.array, Gradient]]
 
 TOLERANCE = 1e-4  # of the head's inputs in float32; other types round
 TRIED = (2, 8)  # rows and tokens of the trial
+HANDS_ON_MORE = "its layers hand on more than one array"
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,26 @@ class ByLayer:
     def why_not(self) -> str | None:
         """Why this model cannot be computed so, as a clause; None where the head then gets the same input."""
         tokens = mx.arange(TRIED[0] * TRIED[1], dtype=mx.int32).reshape(TRIED)
+        results: list[Any] = []
+
+        def note(plain: Any, *args: Any, **kwargs: Any) -> Any:
+            results.append(plain(*args, **kwargs))
+            return results[-1]
+
         try:
+            with intercepted(self._model.layers, note):
+                expected = self._head.hidden(tokens)
+            if not all(isinstance(result, mx.array) for result in results):
+                return HANDS_ON_MORE
             x, calls = self._start(tokens)
             for call in calls:
                 x = call(x)
-            given, expected = self._end(x, tokens), self._head.hidden(tokens)
+            given = self._end(x, tokens)
         except LOADING_ERRORS as error:
             return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         tolerance = TOLERANCE if expected.dtype == mx.float32 else 0.02
         equal = mx.allclose(given, expected, rtol=tolerance, atol=tolerance).item()
-        return None if equal else "its layers hand on more than one array"
+        return None if equal else HANDS_ON_MORE
 
     def gradient(
         self,
