@@ -21,6 +21,7 @@ load_blas()  # before MLX is imported, which would take its own
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_head import Arrays, Head, chunk_gradient  # noqa: E402
 from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
@@ -48,6 +49,11 @@ class Call:
         result: mx.array = self.layer(x, *self.args, **self.kwargs)
         return result
 
+    def of_tokens(self, shape: tuple[int, int]) -> bool:
+        """Whether the layer gets numbers of each of the tokens [B, T] beside that array: no mask, no position."""
+        given = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, mx.array)]
+        return any(a.shape[:2] == shape and mx.issubdtype(a.dtype, mx.floating) for a in given)
+
 
 class ByLayer:
     """A model taken apart into what stands before its layers, the layers, and what follows them."""
@@ -72,6 +78,8 @@ class ByLayer:
             if not all(isinstance(result, mx.array) for result in results):
                 return HANDS_ON_MORE
             x, calls = self._start(tokens)
+            if self._trains_outside() and any(call.of_tokens(TRIED) for call in calls):
+                return "its layers are given more than one array, and what makes those is trained"
             for call in calls:
                 x = call(x)
             given = self._end(x, tokens)
@@ -204,6 +212,11 @@ class ByLayer:
 
     def _place(self, names: list[str], values: list[mx.array]) -> None:
         self._head.place(dict(zip(names, values, strict=True)))
+
+    def _trains_outside(self) -> bool:
+        """Whether anything that no layer has is trained."""
+        trained = tree_flatten(self._model.trainable_parameters())
+        return any(not name.startswith(tuple(self._prefixes.values())) for name, _ in trained)
 
     @staticmethod
     def _of_layer(weights: Mapping[str, Any], prefix: str) -> list[str]:

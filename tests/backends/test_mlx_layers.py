@@ -56,3 +56,42 @@ def test_why_a_model_cannot_be_computed_layer_by_layer(beside: int, scale: float
     head = Head(model, dict)
     assert head.why_not() is None
     assert ByLayer(model, head).why_not() == why
+
+
+class SecondInput(nn.Module):
+    """A model whose layer gets, beside x, what a matrix outside of the layers makes of it, as in Gemma 3n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.project, self.lm_head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.layers = [Sum(), Sum()]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.embed_tokens(tokens)
+        second = self.project(x)
+        for layer in self.layers:
+            x = layer(x, second)
+        return self.lm_head(x)
+
+
+class Sum(nn.Module):
+    """A layer of two arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def __call__(self, x: mx.array, second: mx.array) -> mx.array:
+        return x + self.linear(x) * second
+
+
+def test_a_second_input_of_layers_must_not_be_trained() -> None:
+    model = SecondInput()
+    head = Head(model, dict)
+    assert head.why_not() is None
+    why = "its layers are given more than one array, and what makes those is trained"
+    assert ByLayer(model, head).why_not() == why
+    model.freeze()
+    for layer in model.layers:
+        layer.unfreeze()
+    assert ByLayer(model, head).why_not() is None
