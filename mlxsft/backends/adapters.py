@@ -13,6 +13,7 @@ from mlxsft.models.adapter import listed
 if TYPE_CHECKING:
     from mlxsft.backends import Tensors
 
+HEADS = ("lm_head", "output", "embed_out", "head")  # how the paths of output matrices end
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -30,9 +31,11 @@ def matching(targets: str | tuple[str, ...], inside: set[str], linear: set[str],
         known = sorted({path.rpartition(".")[2] for path in inside if path} | outside)
         guesses = [guess for name in unknown for guess in get_close_matches(name, known, n=1)]
         meant = f"; did you mean {', '.join(guesses)}?" if guesses else ""
+        no_head = "lm_head" in unknown and not any(path.endswith(HEADS) for path in outside)
+        tied = " This model has no head of its own; its embeddings are that too." if no_head else ""
         raise UsageError(
             f"adapter.targets: no module of the chosen layers is named {', '.join(unknown)}{meant}",
-            f"There are: {', '.join(known)}.",
+            f"There are: {', '.join(known)}.{tied}",
         )
     return set().union(*found.values())
 

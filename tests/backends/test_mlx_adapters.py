@@ -80,6 +80,13 @@ def test_targets_that_match_nothing_are_all_named(trainer: Trainer) -> None:
     assert "model.embed_tokens" in caught.value.hint
 
 
+def test_a_head_that_is_the_embedding_is_said_to_be_so(trainer: Trainer) -> None:
+    with pytest.raises(UsageError) as caught:
+        trainer(AdapterRecipe(targets=("lm_head",)))
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("v_proj. This model has no head of its own; its embeddings are that too.")
+
+
 def test_more_layers_than_there_are(trainer: Trainer) -> None:
     with pytest.raises(UsageError, match=r"adapter\.layers: 3, but the model has 2 layers"):
         trainer(AdapterRecipe(layers=3))
