@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -204,8 +204,8 @@ class Conversion(Protocol):
     def dequantize(self) -> None:
         """Make plain numbers of what is quantized. Raises InputRefused where mlx-lm cannot."""
 
-    def quantize(self, plan: QuantizationPlan) -> None:
-        """Quantize the modules that the plan names."""
+    def quantize(self, plan: QuantizationPlan, learned: Any = None) -> None:
+        """Quantize the modules that the plan names, with the numbers of a model of `Comparison.learn` where given."""
 
     def layouts(self) -> dict[str, Layout]:
         """The tensors of the result, in the order of `read`."""
@@ -221,6 +221,58 @@ class Conversion(Protocol):
 
     def peak_bytes(self) -> int:
         """The most memory that arrays took so far."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a quantized model is from the unquantized one, summed over judged tokens."""
+
+    tokens: int
+    base_loss: float  # nats, of the unquantized model
+    loss: float  # nats, of the quantized one
+    kl: float  # nats, KL(unquantized ‖ quantized) of the next token's distribution
+    changed: int  # tokens for which the likeliest choice is another one
+
+
+class Comparison(Protocol):
+    """An unquantized model in memory, and batches on which quantized ones are held against it.
+
+    `which` are indices of batches, `dtypes` safetensors' names of the type that a module has before it is quantized.
+    """
+
+    notes: list[str]  # what the person should know, as sentences
+
+    def stored(self, source: ModelSource, which: Iterable[int]) -> Divergence:
+        """Of a quantized checkpoint, which is loaded for it."""
+
+    def planned(self, schemes: Mapping[str, Scheme], dtypes: Mapping[str, str], which: Iterable[int]) -> Divergence:
+        """Of the model with these modules quantized, and nothing else."""
+
+    def sensitivities(self, low: Scheme, high: Scheme, tokens: NDArray[np.int32]) -> dict[str, float]:
+        """By module, what it would gain from `high` over `low`, by mlx-lm's dynamic quantization on tokens [N, T]."""
+
+    def learn(self, method: str, plan: QuantizationPlan, dtypes: Mapping[str, str], tokens: NDArray[np.int32]) -> Any:
+        """The model quantized as the plan says by mlx-lm's awq, gptq or dwq, which learns from tokens [N, T].
+
+        It is for `learned` and `Conversion.quantize`. Raises InputRefused where mlx-lm's method cannot do that.
+        """
+
+    def learned(self, model: Any, which: Iterable[int]) -> Divergence:
+        """Of a model that `learn` gave."""
+
+    def weight_error(self, path: str, scheme: Scheme, dtype: str) -> float:
+        """‖quantized − plain‖ / ‖plain‖ of a module's weight, by Frobenius' norm."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that arrays took so far."""
+
+
+def load_comparison(source: ModelSource, batches: Sequence[Batch]) -> Comparison:
+    """A verified checkpoint, unquantized, in memory. Raises as `load_backend` does."""
+    require_mlx()
+    from mlxsft.backends.mlx_quality import MlxComparison
+
+    return MlxComparison(source, batches)
 
 
 def load_conversion(source: ModelSource) -> Conversion:

@@ -124,7 +124,7 @@ class MlxBackend:
         self._train_mode(True)
         sums, parts = self._sums, self._cores.parts(batch)
         with self._cores.sharing(parts):
-            keys = token_keys(batch, self._recipe.seed, self._step)[:, :-1]
+            keys = token_keys(batch, self._recipe.seed, self._step)
             losses, gradients = zip(*self._gradients(parts, keys), strict=True)
             gradient = added([sums.gradient, *gradients] if sums.gradient else gradients)
             mx.eval(losses, gradient)
@@ -157,7 +157,7 @@ class MlxBackend:
         trunk = self._trunk if batch.trunk is not None else None
         found = self._computed(parts, lambda part: self._loss.each(part, trunk))
         for part, values in zip(parts, found, strict=True):
-            losses[part.rows, 1:][part.batch.mask[:, 1:]] = values
+            losses[part.place][part.batch.mask] = values
         return losses
 
     def why_not_packed(self, packed: Batch, padded: Batch) -> str | None:
@@ -169,11 +169,11 @@ class MlxBackend:
 
     def trunk(self, batch: Batch) -> NDArray[Any]:
         self._train_mode(False)
-        parts = self._cores.parts(batch)
+        parts = self._cores.parts(batch, whole=True)
         found = self._computed(parts, lambda part: self._loss.trunk_outputs(part, self._trunk))
         outputs = np.empty((*batch.tokens.shape, found[0].shape[-1]), to_numpy(found[0][:0]).dtype)
         for part, values in zip(parts, found, strict=True):
-            outputs[part.rows] = to_numpy(values)
+            outputs[part.place] = to_numpy(values)
         return outputs
 
     def release_trunk(self) -> None:
@@ -202,7 +202,7 @@ class MlxBackend:
         weights, steps, found = self._trainable(), [], []
         for part in parts:
             with mx.stream(part.stream):
-                keys = mx.array(token_keys[part.rows])
+                keys = mx.array(token_keys[part.place][:, :-1])
                 inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
                 if self._loss.is_by_layer:
                     within = partial(self._within, keys, part.stream)

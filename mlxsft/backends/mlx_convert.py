@@ -104,15 +104,14 @@ class MlxConversion:
         for key in ("quantization", "quantization_config"):
             self.config.pop(key, None)
 
-    def quantize(self, plan: QuantizationPlan) -> None:
-        modules, quantized = dict(self._quantizable()), []
-        for path, scheme in plan.modules.items():
-            module = modules[path].to_quantized(**scheme.entry())
-            if isinstance(modules[path], _plain_types()) and mx.default_device().type == mx.cpu:
-                parts = quantized_in_blocks(modules[path].weight, scheme)
-                module.update(dict(zip(("weight", "scales", "biases"), parts, strict=False)))
-            quantized.append((path, module))
+    def quantize(self, plan: QuantizationPlan, learned: nn.Module | None = None) -> None:
+        modules = dict(self._quantizable())
+        quantized = [(path, quantized_module(modules[path], scheme)) for path, scheme in plan.modules.items()]
         self.model.update_modules(tree_unflatten(quantized))
+        if learned is not None:
+            types = {name: array.dtype for name, array in tree_flatten(self.model.parameters())}
+            arrays = [(name, array.astype(types[name])) for name, array in tree_flatten(learned.parameters())]
+            self.model.load_weights(arrays)
         self.config["quantization"] = plan.block()
 
     # ---- the result
@@ -161,6 +160,15 @@ class MlxConversion:
                 f"--mixed {name}: mlx-lm has no mixed bits for {model_type}, whose layers have no down_proj",
                 "Take --bits, and --bits-for for what needs more.",
             ) from error
+
+
+def quantized_module(plain: Any, scheme: Scheme) -> nn.Module:
+    """The module that mlx-lm makes of one that can be quantized; nothing is computed yet."""
+    module: nn.Module = plain.to_quantized(**scheme.entry())
+    if isinstance(plain, _plain_types()) and mx.default_device().type == mx.cpu:
+        parts = quantized_in_blocks(plain.weight, scheme)
+        module.update(dict(zip(("weight", "scales", "biases"), parts, strict=False)))
+    return module
 
 
 def quantized_in_blocks(weight: mx.array, scheme: Scheme, threads: int | None = None) -> list[mx.array]:

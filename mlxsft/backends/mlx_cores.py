@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlxsft.backends.blas import blas_threads, load_blas, set_blas_threads
 
 load_blas()  # before MLX is imported, which would take its own
@@ -24,28 +26,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a batch that one core computes: those of `rows`, on `stream`."""
+    """Rows of a batch that one core computes on `stream`, and the columns that they need: `batch` at `place`."""
 
     batch: Batch
-    rows: slice
+    place: tuple[slice, slice]
     stream: Any
 
 
 class Cores:
     """The cores that the rows of a batch are shared out over; a single one where MLX computes on a GPU."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, threads: int | None = None) -> None:
+        """`threads`: how many cores to use, as many as the BLAS without it."""
+        self._cuts = device == "cpu"
         self._default = mx.default_stream(mx.default_device())
-        self._threads = blas_threads() if device == "cpu" else 1
+        self._threads = (threads or blas_threads()) if device == "cpu" else 1
         self._streams = [mx.new_stream(mx.cpu) for _ in range(self._threads)] if self._threads > 1 else []
 
-    def parts(self, batch: Batch) -> list[Part]:
-        """The batch in as many parts as there are rows or cores, of rows that stand apart, so of nearly equal work."""
-        count = min(len(batch.tokens), len(self._streams))
-        if count < 2:
-            return [Part(batch, slice(None), self._default)]
-        rows = [slice(start, None, count) for start in range(count)]
-        return [Part(batch.part(some), some, self._streams[i]) for i, some in enumerate(rows)]
+    def parts(self, batch: Batch, *, whole: bool = False) -> list[Part]:
+        """The batch in as many parts as there are rows or cores, of rows that stand apart, so of nearly equal work.
+
+        On a CPU, where every shape will do, each ends with its last trained token: what follows has no part in any
+        loss. With `whole` it does not.
+        """
+        count = max(1, min(len(batch.tokens), len(self._streams)))
+        streams = self._streams[:count] if count > 1 else [self._default]
+        parts = []
+        for start, stream in enumerate(streams):
+            rows = slice(start, None, count)
+            trained = np.flatnonzero(batch.mask[rows].any(axis=0))
+            cut = self._cuts and not whole and len(trained)
+            place = (rows, slice(int(trained[-1]) + 1) if cut else slice(None))
+            parts.append(Part(batch.part(*place), place, stream))
+        return parts
 
     @contextmanager
     def sharing(self, parts: list[Part]) -> Iterator[None]:

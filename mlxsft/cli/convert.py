@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from mlxsft.models.check import CheckSettings
     from mlxsft.models.convert import Converted
     from mlxsft.models.quantize import QuantizeSettings
 
@@ -16,6 +17,9 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 GROUPS = click.Choice(["16", "32", "64", "128"])
 MODES = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 MIXED = click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
+
+METHODS = click.Choice(["dynamic", "dwq", "awq", "gptq"])
+JUDGING = ("method", "calibration", "check", "max_kl", "target_kl", "max_size")  # the options of `checking`
 
 
 def quantizing(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,6 +30,21 @@ def quantizing(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--mode", type=MODES, default="affine", show_default=True, help="How numbers are packed."),
         click.option("--mixed", type=MIXED, help="Two widths by layer, the higher where it matters most."),
         click.option("--bits-for", default="", metavar="NAME=BITS,...", help="Other bits for these modules; 16: none."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def checking(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what the quantized model has to be worth."""
+    options: list[Any] = [
+        click.option("--method", type=METHODS, help="Learn from rows instead of rounding; kept only where it wins."),
+        click.option("--calibration", metavar="FILE", help="Rows to learn from; a fifth is held out without --check."),
+        click.option("--check", metavar="FILE|builtin", help="Measure what it cost, on these rows or a text of ours."),
+        click.option("--max-kl", type=float, metavar="NATS", help="Exit 6 above this mean KL divergence; OUT is kept."),
+        click.option("--target-kl", type=float, metavar="NATS", help="Raise bits by measured effect until this holds."),
+        click.option("--max-size", metavar="SIZE", help="Raise bits where it helps most, up to this size: 3GB."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -51,6 +70,7 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of what is not quantized.")
 @click.option("--quantize", is_flag=True, help="Quantize; every option of it implies this.")
 @quantizing
+@checking
 @click.option("--dequantize", is_flag=True, help="Make plain numbers of a quantized model.")
 @writing
 def convert(
@@ -71,8 +91,9 @@ def convert(
     """
     from mlxsft.models.convert import ConvertSettings, parse_size
 
-    wanted = _quantize_settings(**asked) if quantize or _any_asked(**asked) else None
-    settings = ConvertSettings(dtype, wanted, dequantize, parse_size(max_shard_size))
+    judged = _check_settings(asked)
+    wanted = _quantize_settings(**asked) if quantize or judged or _any_asked(**asked) else None
+    settings = ConvertSettings(dtype, wanted, dequantize, parse_size(max_shard_size), judged)
     _convert(source, out, settings, revision, force, as_json)
 
 
@@ -80,6 +101,7 @@ def convert(
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @quantizing
+@checking
 @writing
 def quantize(
     source: str,
@@ -90,10 +112,16 @@ def quantize(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Quantize the model in the folder SOURCE, as `mlxsft convert` wrote it, to the folder OUT."""
+    """Quantize the model in the folder SOURCE, as `mlxsft convert` wrote it, to the folder OUT.
+
+    What that cost is measured with --check, and decided by --max-kl, --target-kl and --max-size.
+    """
     from mlxsft.models.convert import ConvertSettings, parse_size
 
-    settings = ConvertSettings(quantize=_quantize_settings(**asked), shard_bytes=parse_size(max_shard_size))
+    judged = _check_settings(asked)
+    settings = ConvertSettings(
+        quantize=_quantize_settings(**asked), shard_bytes=parse_size(max_shard_size), check=judged
+    )
     _convert(source, out, settings, revision, force, as_json)
 
 
@@ -110,25 +138,45 @@ def _quantize_settings(
     return QuantizeSettings(bit_count, numbers, mode, mixed, parse_bits_for(bits_for))
 
 
+def _check_settings(asked: dict[str, Any]) -> CheckSettings | None:
+    """Of `checking`'s options, which are taken out; None where no quality is asked for."""
+    given = {name: asked.pop(name) for name in JUDGING}
+    if not any(value is not None for value in given.values()):
+        return None
+    from mlxsft.models.check import BUILT_IN, CheckSettings
+    from mlxsft.models.convert import parse_size
+
+    check, calibration, size = (given.pop(name) for name in ("check", "calibration", "max_size"))
+    rows = BUILT_IN if check == "builtin" else Path(check) if check else None
+    max_bytes = parse_size(size, "--max-size") if size else None
+    return CheckSettings(rows, max_bytes=max_bytes, calibration=Path(calibration) if calibration else None, **given)
+
+
 def _convert(source: str, out: Path, settings: Any, revision: str | None, force: bool, as_json: bool) -> None:
     import json
 
-    from mlxsft.cli.bytes_bar import bytes_bar
+    from mlxsft.cli.bytes_bar import bytes_and_steps
+    from mlxsft.errors import GateFailed
     from mlxsft.models.convert import convert as convert_model
     from mlxsft.terminal import told
 
-    with bytes_bar("writing") as progress:
-        done = convert_model(source, out, settings, revision=revision, force=force, tell=told, progress=progress)
+    with bytes_and_steps("writing") as (progress, watch):
+        options: dict[str, Any] = {"revision": revision, "force": force, "progress": progress, "watch": watch}
+        done = convert_model(source, out, settings, tell=told, **options)
     for note in done.notes:
         told(f"note: {note}")
     click.echo(json.dumps(done.to_dict(), ensure_ascii=False) if as_json else _summary(done))
+    if done.quality and done.quality.failed:
+        raise GateFailed(f"{out}: {done.quality.failed}", "It is written and kept; take more bits or another mode.")
 
 
 def _summary(done: Converted) -> str:
     from rich.filesize import decimal
 
     files = "1 file" if done.shards == 1 else f"{done.shards} files"
-    return (
+    quality = [f"quality {done.quality.sentence()}", *done.quality.worst()] if done.quality else []
+    size = (
         f"{done.out}: {decimal(done.before_bytes)} before, {decimal(done.after_bytes)} after in {files}, "
         f"{done.bits_per_weight:.3f} bits per weight, {done.parameters:,} parameters"
     )
+    return "\n".join([size, *quality])

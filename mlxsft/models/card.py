@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,17 @@ def source_metadata(source: ModelSource) -> dict[str, Any]:
 
 
 def card_text(
-    source: ModelSource, lock: Lock, *, quantization: Mapping[str, Any] | None, bits_per_weight: float
+    source: ModelSource,
+    lock: Lock,
+    *,
+    quantization: Mapping[str, Any] | None,
+    bits_per_weight: float,
+    measured: Sequence[str] = (),
 ) -> str:
-    """The card of a model that was made from `source` as `lock` says."""
+    """The card of a model that was made from `source` as `lock` says.
+
+    `measured` is a sentence on its quality, and the lines of a table.
+    """
     facts: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"]}
     facts |= source_metadata(source)
     if lock.repository:
@@ -79,9 +87,18 @@ def card_text(
         lock.made["command"],
         "```",
         "",
+        *_quality(measured),
         f"With {made}. The SHA-256 of every file is in lock.json; `mlxsft verify` compares.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quality(measured: Sequence[str]) -> list[str]:
+    if not measured:
+        return []
+    sentence, *table = measured
+    lines = [f"Against the unquantized model, {sentence}.", ""]
+    return [*lines, "```text", *table, "```", ""] if table else lines
 
 
 def _metadata(folder: Path, path: Path) -> dict[str, Any]:

@@ -17,8 +17,12 @@ from mlxsft.errors import InputRefused, OutOfResources, UsageError
 from mlxsft.hub import Tell
 from mlxsft.models import checks, headers
 from mlxsft.models.card import CARD, card_text, origin, own_lock
+from mlxsft.models.check import CheckSettings
+from mlxsft.models.learned import learn, refuse_at_odds
 from mlxsft.models.lock import Lock, hashed, names_in, write_lock
-from mlxsft.models.quantize import QuantizationPlan, QuantizeSettings, make_plan
+from mlxsft.models.quality import Compared, Judge, Quality, Watch, unwatched
+from mlxsft.models.quantize import QuantizationPlan, QuantizeSettings, make_plan, paths_named
+from mlxsft.models.sensitivity import choose_bits
 from mlxsft.models.shards import FileHash, write_shards
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.models.whole_folder import refuse_existing, whole_folder
@@ -40,12 +44,14 @@ class ConvertSettings:
     quantize: QuantizeSettings | None = None
     dequantize: bool = False  # first, where both are asked for
     shard_bytes: int = SHARD_BYTES  # a single larger tensor has a file of its own
+    check: CheckSettings | None = None  # of what is quantized
 
     def options(self) -> list[str]:
         """The command line that asks for the same."""
         words = ["--dtype", self.dtype] if self.dtype else []
         words += ["--dequantize"] if self.dequantize else []
         words += ["--quantize", *self.quantize.options()] if self.quantize else []
+        words += self.check.options() if self.check else []
         return words + (["--max-shard-size", str(self.shard_bytes)] if self.shard_bytes != SHARD_BYTES else [])
 
 
@@ -62,6 +68,7 @@ class Converted:
     shards: int
     peak_bytes: int  # of arrays in memory
     notes: list[str] = field(default_factory=list)
+    quality: Quality | None = None  # where it was asked for
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -76,30 +83,34 @@ def convert(
     force: bool = False,
     tell: Tell = lambda line: None,
     progress: Progress = lambda size, total: None,
+    watch: Watch = unwatched,
 ) -> Converted:
     """Write the checkpoint of a folder or a Hub id to the folder `out`.
 
+    Where a quality is demanded and not reached, `out` is written all the same, and `quality.failed` says why.
     Raises UsageError for settings at odds and an `out` that is there, InputRefused for what cannot be converted,
     OutOfResources for want of disk or memory; `out` is then as it was.
     """
     if settings.quantize:
         settings.quantize.default()  # what cannot be is said before anything is downloaded
+        if settings.check and settings.check.method:
+            refuse_at_odds(settings.check.method, settings.quantize)
     refuse_existing(out, force=force)
     source = open_model(model, revision=revision, progress=tell)
     refuse_existing(out, force=force, source=source.folder)
     conversion = load_conversion(source)
     _refuse_second_rounding(conversion, source, settings)
-    plan, notes = _prepare(conversion, settings)
+    prepared = _prepare(conversion, source, settings, watch, tell)
     with whole_folder(out, force=force, source=source.folder) as folder:
-        return _write(folder, out, source, conversion, settings, plan, notes, progress)
+        return _write(folder, out, source, conversion, settings, prepared, progress)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Bytes of `5GB`, `500MB` or `4.5GiB`. Raises UsageError for another form."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found else 0
     if size <= 0:
-        raise UsageError(f"--max-shard-size {text!r}: expected a size such as 5GB, 500MB or 4.5GiB")
+        raise UsageError(f"{option} {text!r}: expected a size such as 5GB, 500MB or 4.5GiB")
     return size
 
 
@@ -115,23 +126,46 @@ def _refuse_second_rounding(conversion: Conversion, source: ModelSource, setting
         raise UsageError(f"--dequantize: {source.name} is not quantized", "Leave it out.")
 
 
-def _prepare(conversion: Conversion, settings: ConvertSettings) -> tuple[QuantizationPlan | None, list[str]]:
-    """Say what the checkpoint is to become; how it is quantized, and what the person should know."""
+@dataclass(frozen=True)
+class _Prepared:
+    """What the checkpoint is to become, and what the person should know."""
+
+    plan: QuantizationPlan | None = None
+    judge: Judge | None = None
+    compared: Compared | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _prepare(
+    conversion: Conversion, source: ModelSource, settings: ConvertSettings, watch: Watch, tell: Tell
+) -> _Prepared:
+    """Say what the checkpoint is to become."""
     conversion.cast(settings.dtype)
     if settings.dequantize:
         conversion.dequantize()
     if not settings.quantize:
-        return None, []
+        return _Prepared()
     default = settings.quantize.default()
     shapes = conversion.shapes()
     preferred = conversion.preferred(default, settings.quantize.mixed)
     plan = make_plan(default, preferred, shapes, settings.quantize.bits_for)
     if not plan.modules:
         raise InputRefused(f"nothing to quantize: no matrix has rows that divide into groups of {default.group_size}")
-    conversion.quantize(plan)
     odd = [path for path, shape in shapes.items() if path not in plan.modules and shape[-1] % default.group_size]
     kept = f"{headers.some(odd)}: stay as they are, their rows do not divide into groups of {default.group_size}"
-    return plan, [kept] if odd else []
+    notes = [kept] if odd else []
+    if settings.check is None:
+        conversion.quantize(plan)
+        return _Prepared(plan, notes=notes)
+    judge = Judge(source, settings.check, conversion.layouts(), shapes, watch)
+    model, compared = None, None
+    if settings.check.method:
+        choice = learn(judge, plan, settings.check.method, tell)
+        plan, model, compared = choice.plan, choice.model, choice.compared
+    elif settings.check.raises_bits:
+        plan = choose_bits(judge, plan, paths_named(settings.quantize.bits_for, plan.modules))
+    conversion.quantize(plan, model)
+    return _Prepared(plan, judge, compared, [*notes, *judge.notes])
 
 
 def _write(
@@ -140,12 +174,11 @@ def _write(
     source: ModelSource,
     conversion: Conversion,
     settings: ConvertSettings,
-    plan: QuantizationPlan | None,
-    notes: list[str],
+    prepared: _Prepared,
     progress: Progress,
 ) -> Converted:
     """Everything that belongs into the folder, the lock last."""
-    layouts, parameters = conversion.layouts(), conversion.parameters()
+    layouts, parameters, plan = conversion.layouts(), conversion.parameters(), prepared.plan
     total = sum(layout.size for layout in layouts.values())
     _refuse_full(folder, total)
     _copy_beside(source, folder)
@@ -158,23 +191,39 @@ def _write(
         parameters=parameters,
         progress=lambda size: progress(size, total),
     )
-    bits = 8 * total / parameters
-    repository, commit = origin(source)
-    lock = Lock(repository, commit, _made(source, out, settings), {})
-    text = card_text(source, lock, quantization=plan.block() if plan else None, bits_per_weight=bits)
-    (folder / CARD).write_text(text, encoding="utf-8")
-    write_lock(folder, Lock(lock.repository, lock.commit, lock.made, _hashes(folder, weights)))
-    return Converted(
+    peak = conversion.peak_bytes()
+    quality = prepared.judge.quality(folder, plan, prepared.compared) if prepared.judge and plan else None
+    done = Converted(
         out=out,
         before_bytes=sum((source.folder / file).stat().st_size for file in source.files),
         after_bytes=sum(file.size for file in weights.values()),
         parameters=parameters,
-        bits_per_weight=bits,
+        bits_per_weight=8 * total / parameters,
         quantization=plan.block() if plan else None,
         shards=len(weights),
-        peak_bytes=conversion.peak_bytes(),
-        notes=notes,
+        peak_bytes=peak,
+        notes=prepared.notes,
+        quality=quality,
     )
+    _describe(folder, source, settings, done, weights)
+    return done
+
+
+def _describe(
+    folder: Path, source: ModelSource, settings: ConvertSettings, done: Converted, weights: Mapping[str, FileHash]
+) -> None:
+    """The card, and the lock with the hash of every file."""
+    repository, commit = origin(source)
+    lock = Lock(repository, commit, _made(source, done.out, settings), {})
+    text = card_text(
+        source,
+        lock,
+        quantization=done.quantization,
+        bits_per_weight=done.bits_per_weight,
+        measured=[done.quality.sentence(), *done.quality.worst()] if done.quality else [],
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+    write_lock(folder, Lock(lock.repository, lock.commit, lock.made, _hashes(folder, weights)))
 
 
 def _refuse_full(folder: Path, size: int) -> None:

@@ -6,7 +6,8 @@ sensitivity can fill the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -32,6 +33,12 @@ class Scheme:
     def entry(self) -> dict[str, Any]:
         """What config.json says of it, and what mlx takes."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def size(self, shape: Shape, width: int) -> int:
+        """Bytes of a matrix [..., rows, columns] packed so, whose numbers took `width` bytes."""
+        values = math.prod(shape)
+        group = 2 * width if self.mode == "affine" else 1  # scale and bias, or a scale of 8 bits
+        return values * self.bits // 8 + values // self.group_size * group
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def make_plan(
     columns that do not divide into groups.
     """
     schemes = {path: wanted for path, wanted in preferred.items() if wanted and _divides(wanted, shapes[path])}
-    named = {name: [path for path in shapes if f".{name}." in f".{path}."] for name in bits_for}
+    named = {name: paths_named([name], shapes) for name in bits_for}
     if unknown := [name for name, paths in named.items() if not paths]:
         raise UsageError(*_no_such_module(unknown, shapes))
     for name, paths in named.items():
@@ -133,6 +140,31 @@ def make_plan(
         columns, size = shapes[odd[0]][-1], schemes[odd[0]].group_size
         raise UsageError(f"--bits-for {odd[0]}: its rows of {columns} numbers do not divide into groups of {size}")
     return QuantizationPlan(default, {path: schemes[path] for path in shapes if path in schemes})
+
+
+def paths_named(names: Collection[str], paths: Collection[str]) -> list[str]:
+    """Those of the paths that one of the names fits: whole parts of them, as lm_head or layers.0."""
+    return [path for path in paths if any(f".{name}." in f".{path}." for name in names)]
+
+
+def raised(scheme: Scheme, default: Scheme, shape: Shape) -> Iterator[Scheme | None]:
+    """The wider schemes of a matrix, the next one first; the last is None, its numbers as they are."""
+    for bits in sorted(MODES["affine"].bits):
+        if bits > scheme.bits and _divides(wider := _with_bits(default, bits), shape):
+            yield wider
+    yield None
+
+
+def neighbours(scheme: Scheme) -> tuple[Scheme, Scheme]:
+    """The next narrower and the next wider affine scheme. Raises UsageError where there is none."""
+    bits = sorted(set(MODES["affine"].bits) - {1})
+    i = bits.index(scheme.bits)
+    if not 0 < i < len(bits) - 1:
+        raise UsageError(
+            f"--method dynamic with --bits {scheme.bits}: mixes the widths on either side of it",
+            f"Give one of {', '.join(map(str, bits[1:-1]))}.",
+        )
+    return replace(scheme, bits=bits[i - 1]), replace(scheme, bits=bits[i + 1])
 
 
 def _divides(scheme: Scheme, shape: Shape) -> bool:
