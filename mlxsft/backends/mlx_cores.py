@@ -46,8 +46,8 @@ class Cores:
     def parts(self, batch: Batch, *, whole: bool = False) -> list[Part]:
         """The batch in as many parts as there are rows or cores, of rows that stand apart, so of nearly equal work.
 
-        On a CPU, where every shape will do, each ends with its last trained token: what follows has no part in any
-        loss. With `whole` it does not.
+        On a CPU, where every shape will do, each ends with its last trained token, and one without any is left out:
+        what follows has no part in any loss. With `whole` it has every row and column.
         """
         count = max(1, min(len(batch.tokens), len(self._streams)))
         streams = self._streams[:count] if count > 1 else [self._default]
@@ -58,7 +58,8 @@ class Cores:
             cut = self._cuts and not whole and len(trained)
             place = (rows, slice(int(trained[-1]) + 1) if cut else slice(None))
             parts.append(Part(batch.part(*place), place, stream))
-        return parts
+        trained_ones = [part for part in parts if part.batch.mask.any()]
+        return parts if whole or not trained_ones else trained_ones
 
     @contextmanager
     def sharing(self, parts: list[Part]) -> Iterator[None]:

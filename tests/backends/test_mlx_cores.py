@@ -56,10 +56,15 @@ def test_any_number_of_cores_makes_the_same_updates(trainer: Trainer, settings: 
     assert drift.mean() < 1e-7
 
 
-def test_a_row_without_anything_trained_is_left_as_it_is() -> None:
-    batch = make_batch(rows=1)
-    (part,) = Cores("cpu", 2).parts(Batch(batch.tokens, np.zeros_like(batch.mask)))
-    assert part.batch.tokens.shape == batch.tokens.shape
+def test_rows_without_anything_trained_make_no_part(trainer: Trainer) -> None:
+    whole, backend = make_batch(rows=4), trainer()
+    mask = whole.mask.copy()
+    mask[1::2] = False
+    backend._cores = Cores("cpu", 2)
+    (part,) = backend._cores.parts(Batch(whole.tokens, mask))
+    assert part.place[0] == slice(0, None, 2)
+    assert backend.accumulate(Batch(whole.tokens, mask))[0] == pytest.approx(backend.losses(whole)[::2].sum(), rel=1e-5)
+    assert [len(part.batch.tokens) for part in backend._cores.parts(Batch(whole.tokens, mask), whole=True)] == [2, 2]
 
 
 def test_the_threads_of_the_blas_are_set_and_told() -> None:
