@@ -35,8 +35,6 @@ MODEL_COMMANDS: dict[str, Arguments] = {
     "chat": lambda model, work: ["chat", model, "--max-tokens", "2", "--backend", "mlx"],
     "data show": lambda model, work: ["data", "show", str(work / "rows.jsonl"), "--model", model],
     "data check": lambda model, work: ["data", "check", str(work / "rows.jsonl"), "--model", model],
-    "convert": lambda model, work: ["convert", model, str(work / "converted"), "--force"],
-    "quantize": lambda model, work: ["quantize", model, str(work / "quantized"), "--bits", "4", "--force"],
     "train": lambda model, work: ["train", str(work / "recipe.yaml"), str(work / "run"), f"model={model}"],
 }
 LOADING = {"generate", "generate on torch", "chat", "train"}  # the weights too
