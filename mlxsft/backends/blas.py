@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from mlxsft.errors import UsageError
 
@@ -112,19 +113,28 @@ def _load(candidate: str) -> Blas:
 
 def blas_threads() -> int:
     """How many cores a matrix product of the loaded library uses; 1 where that cannot be changed."""
-    blas, _ = load_blas()
-    getter = _THREADS.get(blas.name, ("", ""))[0] if blas else ""
-    return int(getattr(ctypes.CDLL(blas.path), getter)()) if blas and getter else 1
+    functions = _thread_functions()
+    return int(functions[0]()) if functions else 1
 
 
 def set_blas_threads(count: int) -> None:
     """Let matrix products of the loaded library use so many cores, from now on."""
+    if functions := _thread_functions():
+        functions[1](count)
+
+
+@cache
+def _thread_functions() -> tuple[Any, Any] | None:
+    """What gets and what sets the threads of the loaded library."""
     blas, _ = load_blas()
-    if blas and blas.name in _THREADS:
-        getattr(ctypes.CDLL(blas.path), _THREADS[blas.name][1])(count)
+    if blas is None or blas.name not in _THREADS:
+        return None
+    library = ctypes.CDLL(blas.path)
+    getter, setter = (getattr(library, name) for name in _THREADS[blas.name])
+    return getter, setter
 
 
-_THREADS = {  # the functions that get and set it
+_THREADS = {
     "OpenBLAS": ("openblas_get_num_threads", "openblas_set_num_threads"),
     "MKL": ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
 }
