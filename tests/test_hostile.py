@@ -64,7 +64,12 @@ class Watched:
     def __init__(self, cache: Path, first: list[list[str]]) -> None:
         self.first = first  # the commands that a new process begins with
         self.environment = {**os.environ, "MLXSFT_CACHE": str(cache), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-        self.environment |= {"HOME": str(cache), "RUST_BACKTRACE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment |= {
+            "HOME": str(cache),
+            "TMPDIR": str(cache),
+            "RUST_BACKTRACE": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, command: list[str], reads: list[Path], writes: list[Path]) -> Outcome:
