@@ -67,8 +67,9 @@ class Cores:
         if len(parts) < 2:
             yield
             return
+        before = blas_threads()
         set_blas_threads(self._threads // len(parts))
         try:
             yield
         finally:
-            set_blas_threads(self._threads)
+            set_blas_threads(before)
