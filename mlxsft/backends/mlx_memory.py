@@ -17,9 +17,9 @@ load_blas()  # before MLX is imported, which would take its own
 import mlx.core as mx  # noqa: E402
 
 # MLX's CPU device takes its arrays from the C library, which asks the system anew for each large one and gives it back
-# at once: page faults for as much memory as a step computes. glibc can be told to keep what is freed; it then finds room
-# for any size in it, where MLX's own cache keeps whole arrays for equal ones. An update of SmolLM2-135M (4 rows, two
-# cores) takes 0.75 of the time so, with a third of the page faults.
+# at once: page faults for as much memory as a step computes. glibc can be told to keep what is freed, and then finds
+# room for any size in it, where MLX's own cache keeps whole arrays for equal ones. An update of SmolLM2-135M (4 rows,
+# two cores) takes 0.75 of the time so, with a third of the page faults.
 _GLIBC = platform.libc_ver()[0] == "glibc"
 CPU_CACHE_BYTES = 0 if _GLIBC else 2**30  # MLX keeps 32 MiB by itself
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
