@@ -543,6 +543,7 @@ MODELS: dict[str, Hostile] = {
 }
 
 HARMLESS: dict[str, Change] = {
+    "nothing": all_of(),
     "code that nothing names": code("evil.py", "json.py", "mlx_lm.py", "transformers.py", "sitecustomize.py"),
     "pickle that nothing names": all_of(pickled("pytorch_model.bin"), pickled("training_args.bin")),
     "names of elsewhere": edit("config.json", _name_or_path="../outside", transformers_version="999"),
@@ -564,6 +565,9 @@ HARMLESS: dict[str, Change] = {
     "outputs of another kind": edit("config.json", return_dict=False, output_attentions=True),
     "folder as template": in_place_of("chat_template.jinja", lambda p, o: p.mkdir()),
     "README with control characters": write("README.md", CLEAR),
+    "README linked out": link_out("README.md", "secret.txt"),
+    "lock linked out": link_out("lock.json", "secret.txt"),
+    "lock malformed": write("lock.json", "[" * 200_000),
 }
 
 # ---- adapters -------------------------------------------------------------------------------------------------------

@@ -12,20 +12,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxsft.models.lock import Lock, hashed, names_in, write_lock
 from tests import hostile
 from tests.hostile import ADAPTERS, HARMLESS, MODELS, SECRET, Hostile
+from tests.hub import FIRST
 from tests.tiny import write_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 20.0  # for one command; what takes longer hangs
 GROWN = 700 << 20  # bytes; reading 65 MB of JSON takes 250 MB, the libraries that a first command imports 300 MB
 
+OUTS = ("run", "converted", "quantized", "pulled")  # folders in the one to work in that commands write
+REPOSITORY = "evil/model"  # of the Hub, which is not asked: the case is in its cache
 Arguments = Callable[[str, Path], list[str]]  # of the model (or the adapter) and of a folder to work in
 
 # A line each: what takes a model. `train` runs in the watched process as its training process would.
@@ -36,8 +40,12 @@ MODEL_COMMANDS: dict[str, Arguments] = {
     "data show": lambda model, work: ["data", "show", str(work / "rows.jsonl"), "--model", model],
     "data check": lambda model, work: ["data", "check", str(work / "rows.jsonl"), "--model", model],
     "train": lambda model, work: ["train", str(work / "recipe.yaml"), str(work / "run"), f"model={model}"],
+    "convert": lambda model, work: ["convert", model, str(work / "converted")],
+    "quantize": lambda model, work: ["quantize", model, str(work / "quantized"), "--group-size", "32"],
+    "pull": lambda model, work: ["pull", REPOSITORY, str(work / "pulled")],
+    "verify": lambda model, work: ["verify", model],
 }
-LOADING = {"generate", "generate on torch", "chat", "train"}  # the weights too
+LOADING = {"generate", "generate on torch", "chat", "train", "convert", "quantize"}  # the weights too
 # What takes an adapter, here to a good model.
 ADAPTER_COMMANDS: dict[str, Callable[[str, str, Path], list[str]]] = {
     name: lambda model, adapter, work, of=MODEL_COMMANDS[name]: [*of(model, work), "--adapter", adapter]  # type: ignore[misc]
@@ -72,11 +80,13 @@ class Watched:
         }
         self.process: subprocess.Popen[str] | None = None
 
-    def run(self, command: list[str], reads: list[Path], writes: list[Path]) -> Outcome:
+    def begin(self, reads: list[Path], writes: list[Path]) -> None:
         if self.process is None:
             self._start()
             for arguments in self.first:  # libraries are imported now, and not under watch
                 self._answer(arguments, reads, writes, 10 * SECONDS)
+
+    def run(self, command: list[str], reads: list[Path], writes: list[Path]) -> Outcome:
         return self._answer(command, reads, writes, SECONDS)
 
     def _answer(self, command: list[str], reads: list[Path], writes: list[Path], seconds: float) -> Outcome:
@@ -173,10 +183,18 @@ class Place:
     def work(self) -> Path:
         return self.root / "work"
 
+    @property
+    def case(self) -> Path:
+        """Of a model, as the Hub's cache has it, and as any other folder."""
+        return self.root / "cache" / "hub" / "models--evil--model" / "snapshots" / FIRST
+
     def run(self, command: list[str], *folders: Path) -> Outcome:
-        shutil.rmtree(self.work / "run", ignore_errors=True)
+        reads, writes = [*folders, self.good], [self.work, self.root / "cache"]
+        self.watched.begin(reads, writes)
+        for folder in OUTS:
+            shutil.rmtree(self.work / folder, ignore_errors=True)
         self.opened.since()
-        return self.watched.run(command, [*folders, self.good], [self.work, self.root / "cache"])
+        return self.watched.run(command, reads, writes)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +206,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterato
     outside = hostile.write_outside(root / "outside")
     place = Place(root, Watched(root / "cache", first), Opened(outside))
     write_llama(place.good)
+    write_lock(place.good, Lock(None, None, {}, hashed(place.good, names_in(place.good))))
+    place.case.parent.mkdir(parents=True)
+    (place.case.parents[1] / "refs").mkdir()
+    (place.case.parents[1] / "refs" / "main").write_text(FIRST)
     rows = [{"instruction": f"Who are you {i}?", "output": "I am Pip."} for i in range(4)]
     (place.work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place.work / "recipe.yaml").write_text("data: {train: rows.jsonl}\ntrain: {steps: 1}\n")
@@ -227,12 +249,10 @@ def refused(outcome: Outcome, hostile: Hostile) -> None:
     assert len(outcome.err) < 3000
 
 
-@pytest.mark.parametrize("command", MODEL_COMMANDS)
-def test_the_commands_work_on_a_good_model(place: Place, command: str) -> None:
-    arguments = MODEL_COMMANDS[command](str(place.good), place.work)
-    outcome = place.run(arguments)
-    untouched(place, outcome, contents(place.good), place.good)
-    assert outcome.code == 0
+def differs(outcome: Outcome) -> None:
+    """What verify says of a folder that was changed."""
+    assert outcome.code == 3, (outcome.code, outcome.out, outcome.err)
+    assert "is not what it was" in outcome.err or "cannot tell what else was changed" in outcome.err
 
 
 Contents = dict[str, tuple[int, int]]
@@ -252,7 +272,7 @@ def made(place: Place) -> Made:
             for folder, _ in kept.values():
                 shutil.rmtree(folder)
             kept.clear()
-            folder = place.root / "case"
+            folder = place.root / "adapter" if adapter else place.case
             if adapter:
                 hostile.make_adapter(case, folder, place.outside)
             else:
@@ -269,10 +289,16 @@ def test_a_hostile_model_is_refused(place: Place, made: Made, case: str, command
     folder, before = made(case, False)
     outcome = place.run(MODEL_COMMANDS[command](str(folder), place.work), folder)
     untouched(place, outcome, before, folder)
-    if command in LOADING or not MODELS[case].loads:
+    if command == "verify":
+        differs(outcome)
+    elif command == "pull" and outcome.code == 7:
+        refused(outcome, replace(MODELS[case], code=7))
+        assert "its copy in the cache lacks files" in outcome.err
+    elif command in LOADING or not MODELS[case].loads:
         refused(outcome, MODELS[case])
+        assert not any((place.work / folder).exists() for folder in OUTS[1:])
     else:
-        assert outcome.code in (0, 3)
+        assert outcome.code in (0, 3, 4)
 
 
 @pytest.mark.parametrize("command", MODEL_COMMANDS)
@@ -281,7 +307,11 @@ def test_bait_that_nobody_takes_does_no_harm(place: Place, made: Made, case: str
     folder, before = made(case, False)
     outcome = place.run(MODEL_COMMANDS[command](str(folder), place.work), folder)
     untouched(place, outcome, before, folder)
-    assert outcome.code == 0
+    if command == "verify" and case not in ("nothing", "folder as template"):
+        differs(outcome)
+    else:
+        assert outcome.code == 0, outcome.err
+        assert not list(place.work.rglob("*.py"))
 
 
 @pytest.mark.parametrize("command", ADAPTER_COMMANDS)

@@ -74,6 +74,21 @@ def load_renderer(source: ModelSource, template: str | Template | None = None) -
     return Renderer(tokenizer, chosen, source.end_token_ids(), source.embedding_rows, source.positions)
 
 
+def refuse_unusable(source: ModelSource) -> None:
+    """Raise InputRefused for a checkpoint that nobody can chat with: its tokenizer, or a template of its own.
+
+    It is for what only copies them; one without a template, or without a token that ends an answer, is left in peace.
+    """
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.chat_template is None:
+        return
+    try:
+        ChatTemplate(tokenizer, choose_template(tokenizer, "model", source.name))
+    except InputRefused as refusal:
+        hint = "It would come along. Repair or remove it in a copy of the folder."
+        raise InputRefused(f"{source.name}: {refusal.message}", hint) from refusal
+
+
 class Renderer:
     """Turns conversations into tokens and masks for one tokenizer and one template.
 

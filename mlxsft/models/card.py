@@ -103,11 +103,9 @@ def _quality(measured: Sequence[str]) -> list[str]:
 
 def _metadata(folder: Path, path: Path) -> dict[str, Any]:
     """The fields of KEPT that a card has, if they are words; a card that is a link elsewhere is not read."""
-    roots = [folder.resolve(), checks.blobs(folder)]
-    target = path.resolve()
-    if not target.is_file() or not any(root and target.is_relative_to(root) for root in roots):
+    if checks.outside(folder, str(path)) or not path.is_file():
         return {}
-    with target.open("rb") as file:
+    with path.open("rb") as file:
         found = _FRONT.match(file.read(CARD_BYTES).decode("utf-8", errors="replace"))
     try:
         facts = yaml.safe_load(found[1]) if found else None

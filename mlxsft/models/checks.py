@@ -132,21 +132,25 @@ def read_configs(folder: Path, names: Collection[str]) -> dict[str, Json]:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Symlinks that leave the folder (a Hub cache snapshot's blobs belong to it), and what is no regular file."""
-    cache = blobs(folder)
-    inside = [folder, cache] if cache else [folder]
+    """Symlinks that leave the folder, and what is no regular file."""
     for name in names:
         path = folder / name
-        target = Path(os.path.realpath(path))  # which takes links to themselves, too
-        if not any(target.is_relative_to(root) for root in inside):
+        if target := outside(folder, name):
             raise InputRefused(
                 f"{name}: a link that leaves the folder, to {target}",
                 "Put the file itself into the folder, or open the folder that the link leads to.",
             )
-        if not target.is_file():
+        if not path.is_file():
             raise Incomplete(f"{name}: " + ("a link to nothing" if path.is_symlink() else "not a regular file"))
-        if not fnmatchcase(name, "*.safetensors") and target.stat().st_size > TOKENIZER_JSON_BYTES:
+        if not fnmatchcase(name, "*.safetensors") and path.stat().st_size > TOKENIZER_JSON_BYTES:
             raise InputRefused(f"{name}: more than {TOKENIZER_JSON_BYTES >> 20} MB")
+
+
+def outside(folder: Path, name: str) -> Path | None:
+    """Where a file of the folder leads to, if that is not in it; the blobs of a Hub cache snapshot belong to it."""
+    target = Path(os.path.realpath(folder / name))  # which takes links to themselves, too
+    inside = (folder.resolve(), blobs(folder))
+    return None if any(root and target.is_relative_to(root) for root in inside) else target
 
 
 def _refuse_code(file: str, content: Json) -> None:

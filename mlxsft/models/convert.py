@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -13,7 +14,8 @@ from typing import Any
 
 from mlxsft import __version__
 from mlxsft.backends import Conversion, load_conversion
-from mlxsft.errors import InputRefused, OutOfResources, UsageError
+from mlxsft.data.render import refuse_unusable
+from mlxsft.errors import InputRefused, UsageError
 from mlxsft.hub import Tell
 from mlxsft.models import checks, headers
 from mlxsft.models.card import CARD, card_text, origin, own_lock
@@ -23,9 +25,10 @@ from mlxsft.models.lock import Lock, hashed, names_in, write_lock
 from mlxsft.models.quality import Compared, Judge, Quality, Watch, unwatched
 from mlxsft.models.quantize import QuantizationPlan, QuantizeSettings, make_plan, paths_named
 from mlxsft.models.sensitivity import choose_bits
-from mlxsft.models.shards import FileHash, write_shards
+from mlxsft.models.shards import WIDTHS, FileHash, write_shards
+from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import ModelSource, open_model
-from mlxsft.models.whole_folder import refuse_existing, whole_folder
+from mlxsft.models.whole_folder import refuse_existing, refuse_full_disk, whole_folder
 
 SHARD_BYTES = 5 << 30  # mlx-lm's
 DTYPES = ("float32", "float16", "bfloat16")
@@ -98,8 +101,10 @@ def convert(
     refuse_existing(out, force=force)
     source = open_model(model, revision=revision, progress=tell)
     refuse_existing(out, force=force, source=source.folder)
+    _refuse_large(source)
     conversion = load_conversion(source)
     _refuse_second_rounding(conversion, source, settings)
+    refuse_unusable(source)
     prepared = _prepare(conversion, source, settings, watch, tell)
     with whole_folder(out, force=force, source=source.folder) as folder:
         return _write(folder, out, source, conversion, settings, prepared, progress)
@@ -124,6 +129,13 @@ def _refuse_second_rounding(conversion: Conversion, source: ModelSource, setting
         )
     if settings.dequantize and not quantized:
         raise UsageError(f"--dequantize: {source.name} is not quantized", "Leave it out.")
+
+
+def _refuse_large(source: ModelSource) -> None:
+    """A tensor that does not fit the memory: the others come one by one."""
+    sizes = {name: WIDTHS.get(info.dtype, 1) * math.prod(info.shape) for name, info in source.tensors.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    refuse_beyond_memory(f"{source.name}: {largest}", sizes[largest])
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ def _write(
     """Everything that belongs into the folder, the lock last."""
     layouts, parameters, plan = conversion.layouts(), conversion.parameters(), prepared.plan
     total = sum(layout.size for layout in layouts.values())
-    _refuse_full(folder, total)
+    refuse_full_disk(out, total)
     _copy_beside(source, folder)
     conversion.write_config(str(folder / "config.json"))
     weights = write_shards(
@@ -224,15 +236,6 @@ def _describe(
     )
     (folder / CARD).write_text(text, encoding="utf-8")
     write_lock(folder, Lock(lock.repository, lock.commit, lock.made, _hashes(folder, weights)))
-
-
-def _refuse_full(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OutOfResources(
-            f"{folder.parent}: the model takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
-            "Free some disk space, or write to another disk.",
-        )
 
 
 def _copy_beside(source: ModelSource, folder: Path) -> None:

@@ -83,6 +83,8 @@ def read_lock(folder: Path) -> Lock | None:
     if not path.is_file():
         return None
     try:
+        if checks.outside(path.parent, path.name):
+            raise ValueError("is a link that leaves the folder")
         return Lock.from_text(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputRefused(
@@ -137,20 +139,23 @@ def verify(folder: Path, lock: Lock, progress: Progress = lambda size: None) -> 
     there = names_in(folder, lock.files)
     changed = {}
     for name in there:
-        if (expected := lock.files.get(name)) and (why := _difference(folder / name, expected, progress)):
+        if (expected := lock.files.get(name)) and (why := _difference(folder, name, expected, progress)):
             changed[name] = why
     missing = tuple(name for name in lock.files if name not in there)
     added = tuple(name for name in there if name not in lock.files)
     return Verdict(changed, missing, added, len(lock.files) - len(changed) - len(missing))
 
 
-def _difference(path: Path, expected: FileHash, progress: Progress) -> str | None:
-    """What is other than expected; None where nothing is."""
+def _difference(folder: Path, name: str, expected: FileHash, progress: Progress) -> str | None:
+    """What is other than expected; None where nothing is. No link is followed out of the folder."""
+    if checks.outside(folder, name):
+        return "is a link that leaves the folder"
+    path = folder / name
     if not path.is_file():
         return "is no file any more"
+    if (size := path.stat().st_size) != expected.size:
+        return f"{size:,} bytes, expected {expected.size:,}"
     found = hash_of(path, progress)
-    if found.size != expected.size:
-        return f"{found.size:,} bytes, expected {expected.size:,}"
     return None if found == expected else f"SHA-256 {found.sha256[:12]}…, expected {expected.sha256[:12]}…"
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxsft.data.render import refuse_unusable
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.hub import Tell, optional_file
 from mlxsft.models import checks, headers
@@ -15,7 +16,7 @@ from mlxsft.models.card import CARD, origin
 from mlxsft.models.lock import LOCK, Lock, Verdict, hashed, lock_path, names_in, read_lock, verify, write_lock
 from mlxsft.models.shards import FileHash
 from mlxsft.models.source import ModelSource, open_model
-from mlxsft.models.whole_folder import refuse_existing, whole_folder
+from mlxsft.models.whole_folder import refuse_existing, refuse_full_disk, whole_folder
 
 Progress = Callable[[int, int], None]  # hears (bytes more, bytes in all)
 
@@ -55,9 +56,13 @@ def pull(
     name, commit = origin(source)
     if source.commit is None or name is None or commit is None:
         raise UsageError(f"{repository}: is a folder here", "pull takes the id of a model on the Hub, as org/name.")
+    refuse_unusable(source)
     optional_file(name, commit, CARD)  # for its licence
-    names = [file for file in names_in(source.folder, [CARD]) if file == CARD or checks.defines(file)]
+    known = [CARD] if (source.folder / CARD).is_file() and not checks.outside(source.folder, CARD) else []
+    names = [file for file in names_in(source.folder, known) if file in known or checks.defines(file)]
     total = sum((source.folder / file).stat().st_size for file in names)
+    if out is not None:
+        refuse_full_disk(out, total)
     files = hashed(source.folder, names, lambda size: progress(size, total))
     _refuse_damaged(source, files)
     lock = Lock(name, commit, {}, files)

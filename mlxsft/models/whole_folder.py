@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mlxsft.errors import UsageError
+from mlxsft.errors import OutOfResources, UsageError
 from mlxsft.models.adapter import sync_folder, writing
 
 
@@ -27,6 +27,17 @@ def refuse_existing(out: Path, *, force: bool, source: Path | None = None) -> No
         raise UsageError(f"{out}: is there already", "Name another folder, or give --force to replace it.")
     if out.is_symlink() or not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
         raise UsageError(f"{out}: is not a folder with a model, and is not replaced", "Name another folder.")
+
+
+def refuse_full_disk(out: Path, size: int) -> None:
+    """Raise OutOfResources where so many bytes have no room on the disk of a folder that may not be there yet."""
+    place = next(folder for folder in Path(os.path.abspath(out)).parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise OutOfResources(
+            f"{place}: the model takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            "Free some disk space, or write to another disk.",
+        )
 
 
 @contextmanager

@@ -306,6 +306,18 @@ def test_tokenizer_and_templates_come_along_and_code_does_not(tiny_llama: Path, 
     assert str(tmp_path) not in card + (out / "lock.json").read_text()  # it may be published
 
 
+def test_a_base_model_needs_no_template_and_no_end(tiny_llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    convert(str(source), tmp_path / "out", ConvertSettings())
+    (source / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(InputRefused, match="chat template model: it cannot render") as refused:
+        convert(str(source), tmp_path / "broken", ConvertSettings())
+    assert "It would come along." in str(refused.value.hint)
+    assert not (tmp_path / "broken").exists()
+
+
 def test_a_card_that_leads_elsewhere_is_not_read(tiny_llama: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_llama, source)
@@ -359,6 +371,9 @@ def test_out_is_replaced_with_force_only_and_never_the_source(tiny_llama: Path, 
 JOBS = """
 import json, os, resource, signal, sys
 from pathlib import Path
+import mlxsft.data.sandbox
+import transformers.utils.type_validators
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from mlxsft.backends.mlx_convert import MlxConversion, mlx_lm
 from mlxsft.errors import OutOfResources
 from mlxsft.models.convert import ConvertSettings, convert
