@@ -165,7 +165,7 @@ def _convert(source: str, out: Path, settings: Any, revision: str | None, force:
         done = convert_model(source, out, settings, tell=told, **options)
     for note in done.notes:
         told(f"note: {note}")
-    click.echo(json.dumps(done.to_dict(), ensure_ascii=False) if as_json else _summary(done))
+    click.echo(json.dumps(done.to_dict(), ensure_ascii=False, allow_nan=False) if as_json else _summary(done))
     if done.quality and done.quality.failed:
         raise GateFailed(f"{out}: {done.quality.failed}", "It is written and kept; take more bits or another mode.")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxsft.errors import UsageError
 from mlxsft.models.headers import some
-from mlxsft.models.quality import Compared, Judge
+from mlxsft.models.quality import Compared, Judge, finite, mean_kl
 from mlxsft.models.quantize import QuantizationPlan, QuantizeSettings, Scheme, neighbours
 
 
@@ -54,9 +54,8 @@ def learn(judge: Judge, plan: QuantizationPlan, method: str, tell: Callable[[str
         kl = judge.planned(other)
     else:
         other, model = plan, judge.comparison.learn(method, plan, judge.dtypes, tokens)
-        found = judge.comparison.learned(model, everything)
-        kl = found.kl / found.tokens
-    compared = Compared(method, kl, rounded)
+        kl = mean_kl(judge.comparison.learned(model, everything))
+    compared = Compared(method, finite(kl), finite(rounded))
     return Choice(other, model, compared) if compared.won else Choice(plan, None, compared)
 
 

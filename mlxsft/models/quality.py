@@ -42,8 +42,8 @@ class Effect:
 
     module: str  # its path
     bits: int
-    kl: float  # nats a token
-    weight_error: float  # ‖quantized − plain‖ / ‖plain‖
+    kl: float | None  # nats a token; None where the model then gives no numbers
+    weight_error: float | None  # ‖quantized − plain‖ / ‖plain‖; None where that is no number
     next_bits: int  # 16: not quantized
     next_bytes: int  # more than now
 
@@ -53,16 +53,17 @@ class Compared:
     """A learned quantization against rounding to nearest at the same size, on rows that it did not learn from."""
 
     method: str
-    kl: float  # nats a token
-    rounded_kl: float  # nats a token
+    kl: float | None  # nats a token; None where its model gives no numbers
+    rounded_kl: float | None  # nats a token, likewise
 
     @property
     def won(self) -> bool:
-        return self.kl < self.rounded_kl
+        return self.kl is not None and (self.rounded_kl is None or self.kl < self.rounded_kl)
 
     def sentence(self) -> str:
         verdict = "is kept" if self.won else "did not win, so that rounding is kept"
-        return f"{self.method} has {self.kl:.3g} nats a token, rounding to nearest {self.rounded_kl:.3g}: it {verdict}"
+        learned, rounded = ("no number of" if kl is None else f"{kl:.3g}" for kl in (self.kl, self.rounded_kl))
+        return f"{self.method} has {learned} nats a token, rounding to nearest {rounded}: it {verdict}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Quality:
         rows = [("module", "bits", "KL alone", "weight error", "next width")]
         for e in self.effects[:WORST]:
             wider = f"{e.next_bits if e.next_bits < 16 else 'none'}: +{e.next_bytes / 1e6:.2f} MB"
-            rows.append((e.module, str(e.bits), f"{e.kl:.3g}", f"{e.weight_error:.1%}", wider))
+            alone = "no number" if e.kl is None else f"{e.kl:.3g}"
+            error = "no number" if e.weight_error is None else f"{e.weight_error:.1%}"
+            rows.append((e.module, str(e.bits), alone, error, wider))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -127,16 +130,14 @@ class Judge:
         return load_comparison(self.source, self.batches)
 
     def planned(self, plan: QuantizationPlan) -> float:
-        """Mean KL in nats of all judged tokens when the model is quantized so."""
+        """Mean KL in nats of all judged tokens when the model is quantized so; infinite where it gives no numbers."""
         which = self.watch(range(len(self.batches)), "judging the bits chosen", len(self.batches))
-        found = self.comparison.planned(plan.modules, self.dtypes, which)
-        return found.kl / found.tokens
+        return mean_kl(self.comparison.planned(plan.modules, self.dtypes, which))
 
     def effect(self, path: str, scheme: Scheme) -> float:
-        """Mean KL in nats of a sample of the tokens when this module alone is quantized."""
+        """Mean KL in nats of a sample of the tokens when this module alone is quantized; infinite as for `planned`."""
         if (path, scheme) not in self._effects:
-            found = self.comparison.planned({path: scheme}, self.dtypes, self.sample)
-            self._effects[path, scheme] = found.kl / found.tokens
+            self._effects[path, scheme] = mean_kl(self.comparison.planned({path: scheme}, self.dtypes, self.sample))
         return self._effects[path, scheme]
 
     def weight_error(self, path: str, scheme: Scheme | None) -> float:
@@ -167,7 +168,7 @@ class Judge:
             perplexity=_perplexity(found.loss / found.tokens),
             kl=kl,
             changed_share=found.changed / found.tokens,
-            effects=sorted(effects, key=lambda effect: -effect.kl),
+            effects=sorted(effects, key=lambda effect: -math.inf if effect.kl is None else -effect.kl),
             effect_tokens=sum(int(self.batches[i].mask.sum()) for i in self.sample),
             peak_bytes=self.comparison.peak_bytes(),
             compared=compared,
@@ -184,8 +185,8 @@ class Judge:
     def _told(self, path: str, scheme: Scheme, default: Scheme) -> Effect:
         wider = next(iter(raised(scheme, default, self.layouts[f"{path}.weight"].shape)))
         more = self.size(path, wider) - self.size(path, scheme)
-        error = self.weight_error(path, scheme)
-        return Effect(path, scheme.bits, self.effect(path, scheme), error, wider.bits if wider else 16, more)
+        kl, error = finite(self.effect(path, scheme)), finite(self.weight_error(path, scheme))
+        return Effect(path, scheme.bits, kl, error, wider.bits if wider else 16, more)
 
     def _failed(self, kl: float) -> str | None:
         limits = (("--target-kl", self.settings.target_kl), ("--max-kl", self.settings.max_kl))
@@ -195,6 +196,16 @@ class Judge:
         limited = self.settings.target_kl is not None and self.settings.max_bytes is not None
         within = f" within --max-size {self.settings.max_bytes}" if limited else ""
         return f"the KL divergence is {kl:.3g} nats a token{within}, over {' and '.join(over)}"
+
+
+def mean_kl(found: Divergence) -> float:
+    """Nats a token; infinite, and so worse than any other, where it is no number."""
+    return found.kl / found.tokens if math.isfinite(found.kl) else math.inf
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where it is none that JSON has."""
+    return number if math.isfinite(number) else None
 
 
 def _sample(judged: Sequence[Batch]) -> list[int]:

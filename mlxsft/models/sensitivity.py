@@ -8,12 +8,15 @@ decided by measuring the whole model.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from mlxsft.errors import UsageError
 from mlxsft.models.quality import Judge
 from mlxsft.models.quantize import QuantizationPlan, Scheme, raised
+
+NO_NUMBERS = 1e9  # nats saved by raising a module that leaves the model without numbers: it comes first
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def _steps(judge: Judge, path: str, scheme: Scheme, default: Scheme) -> Iterator
     for wider in raised(scheme, default, judge.layouts[f"{path}.weight"].shape):
         after = effect * (judge.weight_error(path, wider) / error) ** 2 if error else 0.0
         more = judge.size(path, wider) - size
-        yield (before - after) / max(more, 1), Raise(path, wider, more)
+        saved = before - after if math.isfinite(before - after) else NO_NUMBERS
+        yield saved / max(more, 1), Raise(path, wider, more)
         before, size = after, size + more
 
 

@@ -73,6 +73,23 @@ def test_numbers_of_bfloat16_are_written_as_such(
     assert quality.kl == pytest.approx(min(quality.compared.kl, quality.compared.rounded_kl), rel=0.05)
 
 
+def test_a_method_whose_model_gives_no_numbers_does_not_win(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mlx_learned, "DWQ_STEPS", 2)
+    monkeypatch.setattr(mlx_learned, "DWQ_RATE", 1e38)
+    command = ["quantize", str(tiny), str(tmp_path / "out"), "--group-size", "32", "--json"]
+    assert call([*command, "--method", "dwq", "--calibration", str(text)]) == 0
+    quality = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["quality"]
+    assert quality["compared"]["kl"] is None
+    assert quality["kl"] == pytest.approx(quality["compared"]["rounded_kl"], rel=1e-3)
+    convert(str(tiny), tmp_path / "rounded", ConvertSettings(quantize=QuantizeSettings(group_size=32)))
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "rounded" / weights).read_bytes()
+    assert "dwq has no number of nats a token, rounding to nearest" in (tmp_path / "out/README.md").read_text()
+    assert "did not win, so that rounding is kept" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [

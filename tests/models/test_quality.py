@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,24 @@ def test_a_target_that_only_plain_numbers_reach(wide: Path, rows: Path, tmp_path
     assert (quality.failed, quality.changed_share) == (None, 0)
     assert quality.kl <= 1e-9
     assert len(quality.effects) < 3
+
+
+def test_a_module_that_takes_all_numbers_away_is_raised_first(
+    wide: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, module = tmp_path / "source", "model.layers.1.mlp.down_proj"
+    shutil.copytree(wide, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][:2] = 0  # so that what follows is multiplied by zeros
+    tensors[f"{module}.weight"][0, :2] = 3e38, -3e38  # further apart than float32 goes
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    command = ["convert", str(source), str(tmp_path / "out"), "--bits", "4", "--group-size", "32", "--check", str(rows)]
+    assert call(command) == 3
+    assert "quantized so, its loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call([*command, "--target-kl", "100", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert done["quality"]["kl"] < 100
+    names = [effect["module"] for effect in done["quality"]["effects"]]
+    assert len(names) == 2 * 7 + 2 - 1  # it is not quantized, and nothing else was raised
+    assert module not in names
