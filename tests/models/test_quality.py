@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,28 @@ def test_the_trial_is_what_is_written(
     assert trial.loss == pytest.approx(stored.loss, rel=1e-5)
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert written - 8 - header_bytes(tmp_path / "out" / "model.safetensors") == judge.total_size(plan)
+
+
+def test_the_layers_below_a_module_are_computed_once_and_change_nothing(
+    wide: Path, judge: Judge, plan: QuantizationPlan, tmp_path: Path
+) -> None:
+    """Each module alone, to the last bit as a checkpoint says in which nothing else is quantized."""
+    everything, scheme = range(len(judge.batches)), SETTINGS.default()
+    told = {}
+    for path in [*plan.modules, *reversed(plan.modules)]:
+        told.setdefault(path, []).append(judge.comparison.planned({path: scheme}, judge.dtypes, everything))
+    for path, (first, second) in told.items():
+        alone = replace(SETTINGS, bits_for={"model": 16, "lm_head": 16, path: SETTINGS.bits})
+        convert(str(wide), tmp_path / path, ConvertSettings(quantize=alone))
+        assert first == second == judge.comparison.stored(open_model(str(tmp_path / path)), everything)
+    pair = dict.fromkeys([p for p in plan.modules if "layers.1.mlp" in p], scheme)
+    both = judge.comparison.planned(pair, judge.dtypes, everything)
+    convert(
+        str(wide),
+        tmp_path / "pair",
+        ConvertSettings(quantize=replace(SETTINGS, bits_for={"model": 16, "lm_head": 16, "layers.1.mlp": 3})),
+    )
+    assert both == judge.comparison.stored(open_model(str(tmp_path / "pair")), everything)
 
 
 def header_bytes(file: Path) -> int:
