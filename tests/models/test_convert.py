@@ -42,17 +42,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # (ours, mlx_lm.convert's)
 WAYS: dict[str, tuple[ConvertSettings, dict[str, Any]]] = {
     "dense": (ConvertSettings(), {}),
-    "float16": (ConvertSettings(dtype="float16"), {"dtype": "float16"}),
+    **{dtype: (ConvertSettings(dtype=dtype), {"dtype": dtype}) for dtype in ("float16", "bfloat16")},
     **{
-        f"{bits}bit": (ConvertSettings(quantize=QuantizeSettings(bits=bits)), {"quantize": True, "q_bits": bits})
-        for bits in (2, 3, 4, 5, 6, 8)
-    },
-    **{
-        f"group{size}": (
-            ConvertSettings(quantize=QuantizeSettings(group_size=size)),
-            {"quantize": True, "q_group_size": size},
+        f"{bits}bit-{size}": (
+            ConvertSettings(quantize=QuantizeSettings(bits=bits, group_size=size)),
+            {"quantize": True, "q_bits": bits, "q_group_size": size},
         )
-        for size in (32, 128)
+        for size in (64, 32, 128)
+        for bits in (4, 2, 3, 5, 6, 8)
     },
     **{
         mode: (ConvertSettings(quantize=QuantizeSettings(mode=mode)), {"quantize": True, "q_mode": mode})
@@ -62,12 +59,25 @@ WAYS: dict[str, tuple[ConvertSettings, dict[str, Any]]] = {
         mixed: (ConvertSettings(quantize=QuantizeSettings(mixed=mixed)), {"quantize": True, "quant_predicate": mixed})
         for mixed in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
     },
-    "bfloat16-4bit": (
-        ConvertSettings(dtype="bfloat16", quantize=QuantizeSettings()),
-        {"dtype": "bfloat16", "quantize": True},
-    ),
+    **{
+        f"bfloat16-{mode}": (
+            ConvertSettings(dtype="bfloat16", quantize=QuantizeSettings(mode=mode)),
+            {"dtype": "bfloat16", "quantize": True, "q_mode": mode},
+        )
+        for mode in ("affine", "mxfp4", "mxfp8", "nvfp4")
+    },
 }
-EVERYWHERE = ("dense", "4bit", "bfloat16-4bit", "mxfp4", "mixed_3_6")
+NOT_MIXED = ("gpt2",)  # mlx-lm has no mixed bits for it
+
+
+def every_way() -> Iterator[Any]:
+    """(family, way) of all that exist; what is not `long` has every way in two families at least."""
+    for column, way in enumerate(WAYS):
+        for row, family in enumerate(FAMILIES):
+            if family in NOT_MIXED and way.startswith("mixed"):
+                continue
+            often = way in ("dense", "4bit-64") or (column - row) % 4 == 0
+            yield pytest.param(family, way, marks=() if often else pytest.mark.long)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +136,7 @@ def schemes(folder: Path) -> dict[str, tuple[int, int, str]]:
     return {path: (m.bits, m.group_size, m.mode) for path, m in leaves if "scales" in m}
 
 
-@pytest.mark.parametrize(
-    ("family", "way"),
-    [(f, w) for f in FAMILIES for w in WAYS if (f == "llama" or w in EVERYWHERE) and (f, w[:5]) != ("gpt2", "mixed")],
-)
+@pytest.mark.parametrize(("family", "way"), list(every_way()))
 def test_the_tensors_are_those_of_mlx_lm(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, way: str
 ) -> None:
@@ -494,7 +501,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return open_model(str(in_shards(one, folder / "four", 4)))
 
 
-@pytest.mark.parametrize("way", ["dense", "float16", "4bit", "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("way", ["dense", "float16", "4bit-64", "mxfp4", "nvfp4", "mxfp8"])
 def test_never_more_than_a_few_tensors_are_in_memory(large: ModelSource, tmp_path: Path, way: str) -> None:
     """At most 1.3 times the largest file, or 3 times the largest tensor."""
     tensor = max(4 * int(np.prod(t.shape)) for t in large.tensors.values())
