@@ -197,7 +197,8 @@ def test_shards_in_and_out(tiny_llama: Path, tmp_path: Path) -> None:
     source = in_shards(tiny_llama, tmp_path / "sharded", 4)
     convert(str(source), tmp_path / "one", ConvertSettings())
     done = convert(str(source), tmp_path / "many", ConvertSettings(shard_bytes=20_000))
-    assert tensors(tmp_path / "one") == tensors(tmp_path / "many")
+    theirs(source, tmp_path / "theirs")
+    assert tensors(tmp_path / "one") == tensors(tmp_path / "many") == tensors(tmp_path / "theirs")
     opened = open_model(str(tmp_path / "many"))  # index and files agree, the reference parser reads each
     assert done.shards == len(opened.files) > 3
     sizes = [sum(2**2 * int(np.prod(t.shape)) for t in opened.tensors.values() if t.file == f) for f in opened.files]
@@ -388,7 +389,7 @@ from mlxsft.models.convert import ConvertSettings, convert
 mlx_lm("convert")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-def work(source, out, limit, kill_at):
+def work(source, out, limit, kill_at, deadly):
     changes = 0
 
     def watch(event, arguments):
@@ -399,20 +400,22 @@ def work(source, out, limit, kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
+    if deadly:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        convert(source, out, ConvertSettings(shard_bytes=20_000), force=True)
+        convert(source, out, ConvertSettings(shard_bytes=20_000), force=out.exists())
     except OutOfResources as error:
         return f"refused: {error.message}"
     return str(changes)
 
 for line in sys.stdin:
-    source, out, limit, kill_at = json.loads(line)
+    source, out, limit, kill_at, deadly = json.loads(line)
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        os.write(writer, work(source, Path(out), limit, kill_at).encode())
+        os.write(writer, work(source, Path(out), limit, kill_at, deadly).encode())
         os._exit(0)
     os.close(writer)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -425,16 +428,17 @@ for line in sys.stdin:
 def limited() -> Iterator[Callable[..., tuple[int, str]]]:
     """(exit code, what was refused or how many changes were made) of a conversion in a process of its own.
 
-    Its files can have `limit` bytes, and it is killed at its `kill_at`th change in the folder around `out`.
+    Its files can have `limit` bytes (`deadly`: it is killed in the middle of writing more), and it is killed at its
+    `kill_at`th change in the folder around `out`. What is there already is replaced.
     """
     with subprocess.Popen(
         [sys.executable, "-c", JOBS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
 
-        def run(source: Path, out: Path, limit: int = 0, kill_at: int = 0) -> tuple[int, str]:
+        def run(source: Path, out: Path, limit: int = 0, kill_at: int = 0, deadly: bool = False) -> tuple[int, str]:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps([str(source), str(out), limit, kill_at]) + "\n")
+            process.stdin.write(json.dumps([str(source), str(out), limit, kill_at, deadly]) + "\n")
             process.stdin.flush()
             code, said = json.loads(process.stdout.readline())
             return code, said
@@ -457,6 +461,34 @@ def test_a_full_disk_leaves_nothing(
     lock = read_lock(out)
     assert lock is not None
     assert verify(out, lock).same
+
+
+def test_a_full_disk_leaves_what_was_there(
+    limited: Callable[..., tuple[int, str]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert(str(tiny_llama), out, ConvertSettings(dtype="float16"))
+    old = files_of(out)
+    assert limited(tiny_llama, out, 15_000)[1].startswith("refused")
+    assert files_of(out) == old
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("limit", [0, 100, 1500, 15_000])
+def test_a_second_try_starts_clean(
+    limited: Callable[..., tuple[int, str]], tiny_llama: Path, tmp_path: Path, limit: int
+) -> None:
+    """After a kill in the middle of a file, of the weights, the tokenizer or the configuration, and between two."""
+    out, whole = tmp_path / "here" / "out", tmp_path / "whole" / "out"
+    changes = int(limited(tiny_llama, whole)[1])
+    killed = limited(tiny_llama, out, limit, deadly=True) if limit else limited(tiny_llama, out, 0, changes // 2)
+    assert killed[0] == (-signal.SIGXFSZ if limit else -signal.SIGKILL)
+    assert not out.exists()
+    left = {path.name for path in out.parent.iterdir()}
+    assert left == {".out.lock", ".out.partial"}  # hidden, so that nothing takes them for a model
+    convert(str(tiny_llama), out, ConvertSettings(shard_bytes=20_000))
+    assert os.listdir(out.parent) == ["out"]
+    assert files_of(out) == files_of(whole)
 
 
 def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one(
