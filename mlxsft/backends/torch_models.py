@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 # What transformers raises for config.json and tensors that it cannot use.
 LOADING_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
-    *(RuntimeError, OSError, ImportError),
+    *(RuntimeError, OSError, ImportError, StrictDataclassError),
 )
 # Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both.
 RENAMED = {

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.errors import InputRefused
@@ -45,7 +46,8 @@ class Tokenizer:
         hint = "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json."
         with _refusing(f"{source.name}: the tokenizer cannot be loaded", hint):
             with warnings.catch_warnings(action="ignore"):  # an unknown model_type is no matter for the tokenizer
-                hf = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
+                options = {"local_files_only": True, "trust_remote_code": False, "config": _known_config(source)}
+                hf = AutoTokenizer.from_pretrained(str(source.folder), **options)
             loaded = cls(hf)
             loaded.refuse_malformed()
         return loaded
@@ -203,6 +205,20 @@ class Tokenizer:
     def stream(self, *, special: bool = False) -> TextStream:
         """A decoder for ids that come one by one; `special` as for `decode`."""
         return TextStream(self, special)
+
+
+def _known_config(source: ModelSource) -> Any:
+    """All that AutoTokenizer asks of a configuration where tokenizer_config.json names the class; else None.
+
+    Given None it makes the architecture's own, which imports most of torch where that is installed: 0.7 s.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    described = get_tokenizer_config(str(source.folder), local_files_only=True)
+    if not isinstance(described, dict) or not isinstance(described.get("tokenizer_class"), str):
+        return None
+    asked = {name: source.config[name] for name in ("model_type", "model_name") if name in source.config}
+    return SimpleNamespace(**asked, _name_or_path=str(source.folder))
 
 
 @contextmanager

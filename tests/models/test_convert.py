@@ -380,8 +380,7 @@ JOBS = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import mlxsft.data.sandbox
-import transformers.utils.type_validators
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mlxsft.backends.mlx_convert import MlxConversion, mlx_lm
 from mlxsft.errors import OutOfResources
 from mlxsft.models.convert import ConvertSettings, convert
