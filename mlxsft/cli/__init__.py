@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from mlxsft import __version__
+from mlxsft.cli.adapters import adapters
 from mlxsft.cli.chat import chat
 from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
@@ -29,7 +30,22 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, pull, convert, quantize, verify, export, import_, data, recipes, doctor):
+for command in (
+    train,
+    runs,
+    generate,
+    chat,
+    pull,
+    convert,
+    quantize,
+    verify,
+    export,
+    import_,
+    adapters,
+    data,
+    recipes,
+    doctor,
+):
     app.add_command(command)
 
 

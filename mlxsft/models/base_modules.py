@@ -55,6 +55,11 @@ def is_embedding(path: str) -> bool:
     return path.rpartition(".")[2] in {*EMBEDDINGS, "wpe"} - {"lm_head"}
 
 
+def is_token_embedding(path: str) -> bool:
+    """Whether a module of this path turns tokens into vectors."""
+    return is_embedding(path) and not path.endswith("wpe")
+
+
 def _group_size(config: Mapping[str, Any], path: str) -> int:
     block = config.get("quantization") or config.get("quantization_config") or {}
     own = block.get(path) if isinstance(block, dict) else None

@@ -11,7 +11,7 @@ RENAMED = {
     "gpt2": (("transformer.", "model."),),
     "gptj": (("transformer.", "model."),),
     "gpt_neox": (
-        *(("embed_out", "model.embed_out"), ("lm_head", "model.embed_out")),
+        *(("lm_head", "model.embed_out"), ("embed_out", "model.embed_out")),  # the second until transformers 4
         *(("gpt_neox.layers.", "model.h."), ("gpt_neox.", "model.")),
     ),
     **dict.fromkeys(("gemma3", "mistral3", "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"), _NESTED),
