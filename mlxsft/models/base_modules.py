@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlxsft.models.checks import EMBEDDINGS
+from mlxsft.models.checks import EMBEDDINGS, OTHER_MODALITIES
 from mlxsft.models.names import TURNED, mlx_name
 from mlxsft.models.source import ModelSource
 
@@ -20,12 +20,15 @@ class Matrix:
 
 
 def base_matrices(source: ModelSource) -> dict[str, Matrix]:
-    """{mlx-lm's path: size} of every matrix, as many columns as before where it is quantized; experts are left out."""
+    """{mlx-lm's path: size} of every matrix, as many columns as before where it is quantized.
+
+    Experts, and what is not of the text model, are left out.
+    """
     kind = str(source.config.get("model_type"))
     found = {}
     for name, info in source.tensors.items():
         path = name.removesuffix(".weight")
-        if path == name or len(info.shape) != 2 or ".experts." in path:
+        if path == name or len(info.shape) != 2 or ".experts." in path or OTHER_MODALITIES.search(path):
             continue
         rows, columns = info.shape
         if (scales := source.tensors.get(f"{path}.scales")) is not None:

@@ -22,6 +22,7 @@ from mlxsft.cli import call
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models import peft_config
 from mlxsft.models.adapter import load_adapter, save_adapter
+from mlxsft.models.base_modules import base_matrices
 from mlxsft.models.peft import export_peft, import_peft
 from mlxsft.models.source import open_model
 from mlxsft.recipe_training import AdapterRecipe
@@ -184,6 +185,16 @@ def test_with_its_base_the_config_is_as_short_as_mlx_lms(bases: dict[str, Path],
         config = load_adapter(tmp_path / "ours").config
         assert (config["num_layers"], config["lora_parameters"]["keys"]) == (layers, keys)
         assert written.notes == ("base_model.model.lm_head.base_layer.weight: is the base's own, and is left out",)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_quantized_base_has_the_sizes_that_it_had(bases: dict[str, Path], tmp_path: Path, bits: int) -> None:
+    peft_model(bases["llama"], tmp_path / "peft", target_modules=["q_proj", "down_proj"])
+    quantized = tmp_path / "quantized"
+    assert call(["convert", str(bases["llama"]), str(quantized), "--bits", str(bits), "--group-size", "32"]) == 0
+    sizes = {path: (m.rows, m.columns) for path, m in base_matrices(open_model(str(quantized))).items()}
+    assert sizes == {path: (m.rows, m.columns) for path, m in base_matrices(open_model(str(bases["llama"]))).items()}
+    assert sizes["model.layers.0.mlp.down_proj"] == (32, 48)
 
 
 # ---- to the last bit ------------------------------------------------------------------------------------------------
