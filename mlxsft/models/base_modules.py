@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlxsft.models.checks import EMBEDDINGS, OTHER_MODALITIES
-from mlxsft.models.names import TURNED, mlx_name
+from mlxsft.models.names import NESTED, TURNED, mlx_name
 from mlxsft.models.source import ModelSource
+
+NOT_TEXT = re.compile(rf"{OTHER_MODALITIES.pattern}|multi_modal")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ def base_matrices(source: ModelSource) -> dict[str, Matrix]:
     found = {}
     for name, info in source.tensors.items():
         path = name.removesuffix(".weight")
-        if path == name or len(info.shape) != 2 or ".experts." in path or OTHER_MODALITIES.search(path):
+        if path == name or len(info.shape) != 2 or ".experts." in path or NOT_TEXT.search(path):
             continue
         rows, columns = info.shape
         if (scales := source.tensors.get(f"{path}.scales")) is not None:
@@ -37,9 +40,12 @@ def base_matrices(source: ModelSource) -> dict[str, Matrix]:
             path = f"transformer.{path}"  # as OpenAI published it
         if kind == "gpt2" and TURNED.search(name) and not path.startswith("model."):
             rows, columns = columns, rows
-        found[mlx_name(kind, path)] = Matrix(rows, columns)
+        path = mlx_name(kind, path)
+        if kind in NESTED and not path.startswith("language_model."):  # as transformers 4 named it
+            path = f"language_model.{path}"
+        found[path] = Matrix(rows, columns)
     if is_tied(source):
-        found.pop("lm_head", None)
+        found = {path: matrix for path, matrix in found.items() if not path.endswith("lm_head")}
     return found
 
 

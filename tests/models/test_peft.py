@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mlxsft.backends.mlx import MlxBackend, mx
 from mlxsft.backends.mlx_models import load_checkpoint, make_float32, mlx_lm
@@ -28,6 +28,7 @@ from mlxsft.models.source import open_model
 from mlxsft.recipe_training import AdapterRecipe
 from tests.backends.conftest import learned_adapter
 from tests.backends.test_mlx_parity import save
+from tests.tiny import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT has a few to say about tied and turned matrices
 
@@ -134,6 +135,34 @@ def test_pefts_adapter_gives_pefts_logits_here_and_in_mlx_lm_and_comes_back(
         files.append("adapter_model.safetensors")
     assert all((given / file).read_bytes() == (back / file).read_bytes() for file in files)
     assert np.array_equal(reloaded(base, back), theirs)
+
+
+def test_the_text_model_of_one_that_sees_has_other_names_in_mlx_lm(tmp_path: Path) -> None:
+    text = {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "vocab_size": write_tokenizer(tmp_path / "base"), "tie_word_embeddings": False},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "patch_size": 14}
+    config = AutoConfig.for_model("qwen2_vl", text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).float()
+    model.save_pretrained(tmp_path / "base")
+    targets = r"model\.language_model\..*\.(q_proj|down_proj)"
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=40, target_modules=targets, init_lora_weights=False)
+    ).eval()
+    model.save_pretrained(tmp_path / "peft")
+    import_peft(tmp_path / "peft", tmp_path / "ours", model=str(tmp_path / "base"))
+    adapter = load_adapter(tmp_path / "ours")
+    assert adapter.config["num_layers"] == 2
+    assert min(adapter.tensors) == "language_model.model.layers.0.mlp.down_proj.lora_a"
+    logits = our_logits(tmp_path / "base", tmp_path / "ours")
+    np.testing.assert_allclose(logits, torch_logits(model), rtol=0, atol=1e-4)
+    assert np.abs(logits - our_logits(tmp_path / "base", None)).max() > 0.01
+    export_peft(tmp_path / "ours", tmp_path / "back")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
 
 
 def test_the_torch_backend_takes_modules_of_single_layers(bases: dict[str, Path], tmp_path: Path) -> None:
