@@ -25,14 +25,14 @@ def list_(folders: tuple[Path, ...], as_json: bool) -> None:
     import json
 
     from mlxsft.models.adapter_facts import find_adapters, listing
-    from mlxsft.terminal import printable
+    from mlxsft.terminal import one_line
 
     found = [listing(path) for folder in folders or (Path(),) for path in find_adapters(folder)]
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     for adapter in found:
-        click.echo(printable(_line(adapter)))
+        click.echo(one_line(_line(adapter)))
     if not found:
         click.echo(f"No adapters below {', '.join(str(f.resolve()) for f in folders or (Path(),))}.")
 
@@ -48,7 +48,7 @@ def show(adapter: Path, model: str | None, revision: str | None, as_json: bool) 
 
     from mlxsft.models.adapter_facts import shown
     from mlxsft.models.source import open_model
-    from mlxsft.terminal import printable, told
+    from mlxsft.terminal import one_line, told
 
     source = open_model(model, revision=revision, progress=told) if model else None
     found = shown(adapter, source)
@@ -56,7 +56,7 @@ def show(adapter: Path, model: str | None, revision: str | None, as_json: bool) 
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     for line in _description(found):
-        click.echo(printable(line))
+        click.echo(one_line(line))
     for note in found["notes"]:
         told(f"note: {note}")
 
@@ -70,7 +70,7 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
     import json
 
     from mlxsft.models.adapter_facts import difference
-    from mlxsft.terminal import printable
+    from mlxsft.terminal import one_line
 
     found = difference(one, other)
     if as_json:
@@ -78,11 +78,11 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
         return
     for name, (before, after) in found["settings"].items():
         click.echo(
-            printable(f"{name}: {json.dumps(before, ensure_ascii=False)} → {json.dumps(after, ensure_ascii=False)}")
+            one_line(f"{name}: {json.dumps(before, ensure_ascii=False)} → {json.dumps(after, ensure_ascii=False)}")
         )
     for folder, only in ((one, found["only_in_first"]), (other, found["only_in_second"])):
         for module in only:
-            click.echo(printable(f"only in {folder}: {module}"))
+            click.echo(one_line(f"only in {folder}: {module}"))
     if found["same_tensors"]:
         click.echo("the tensors are the same, to the last bit")
     elif found["distance"] is not None and found["similarity"] is not None:

@@ -415,6 +415,15 @@ def test_pickle_is_refused(tmp_path: Path) -> None:
         import_peft(given, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_files_that_lie_elsewhere_are_refused(tmp_path: Path, file: str) -> None:
+    given, other = write_peft(tmp_path / "peft", factors(Q)), write_peft(tmp_path / "other", factors(Q))
+    (given / file).unlink()
+    (given / file).symlink_to(other / file)
+    with pytest.raises(InputRefused, match="a link that leaves the folder"):
+        import_peft(given, tmp_path / "ours")
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "words"),
     [
