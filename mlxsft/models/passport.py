@@ -102,5 +102,5 @@ def check_base(config: Mapping[str, Any], source: ModelSource, folder: Path) -> 
         return []
     has = "its passport does not say" if passport_part(config, "base") else "it has no passport of mlxsft's to say"
     return [
-        f"{folder}: {has} which {' and '.join(unknown)} this adapter was trained on; only names and shapes are checked"
+        f"{folder}: {has} which {' and '.join(unknown)} this adapter was trained on; names and shapes alone can tell"
     ]
