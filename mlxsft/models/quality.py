@@ -119,7 +119,7 @@ class Judge:
         self.batches = list(batches(judged, BATCH_TOKENS, positions=renderer.positions))
         longest = min(renderer.positions or CALIBRATION_TOKENS, CALIBRATION_TOKENS)
         self.calibration = segments(learned, longest)
-        self.sample = _sample(self.batches)
+        self.sample = sample(self.batches)
         self.dtypes = {name.removesuffix(".weight"): layout.dtype for name, layout in self.layouts.items()}
 
     @cached_property
@@ -197,7 +197,7 @@ class Judge:
         return f"the KL divergence is {kl:.3g} nats a token{within}, over {' and '.join(over)}"
 
 
-def _sample(judged: Sequence[Batch]) -> list[int]:
+def sample(judged: Sequence[Batch]) -> list[int]:
     """Some of the batches, whatever their length, with EFFECT_TOKENS judged tokens, or all of them."""
     chosen, tokens = list[int](), 0
     for i in np.random.default_rng(0).permutation(len(judged)).tolist():
