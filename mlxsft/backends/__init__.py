@@ -3,7 +3,7 @@
 Sums cross it, never means: losses are summed nats, gradients are added up inside, and `apply` divides by the trained
 tokens of the whole step. One row at a time, all rows at once and two machines therefore make the same update.
 `backends/mlx.py` and `backends/torch.py` have the same verbs in the same order, so that they read side by side.
-Converting is the other thing that is asked, of mlx-lm alone: tensors cross one by one, as bytes (`Conversion`).
+Converting and fusing are the other things that are asked: tensors cross one by one, as bytes (`Rewrite`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mlxsft.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
+    from mlxsft.models.adapter import Adapter
     from mlxsft.models.quantize import QuantizationPlan, Scheme
     from mlxsft.models.shards import Layout
     from mlxsft.models.source import ModelSource
@@ -174,38 +175,24 @@ class Backend(Protocol):
         """Give the memory back; the backend is of no use afterwards."""
 
 
-class Conversion(Protocol):
-    """A checkpoint on its way to MLX's layout: what it is to become is said first, and numbers are read last.
+class Rewrite(Protocol):
+    """A checkpoint on its way to another one: what it is to become is said first, and numbers are read last.
 
-    Only MLX has one, because the layout and the rules of each architecture are mlx-lm's.
+    On MLX the result has MLX's layout, on PyTorch that of transformers.
     """
 
     config: dict[str, Any]  # config.json as it will be
-
-    def quantized(self) -> set[str]:
-        """Paths of the modules whose weights are quantized."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """[..., rows, columns] of each weight that can be quantized, by module path."""
-
-    def preferred(self, scheme: Scheme, mixed: str | None) -> dict[str, Scheme | None]:
-        """What each of those modules gets by mlx-lm's rules, where `scheme` is asked for; None: it stays as it is.
-
-        `mixed` is a name of `quantize.MIXED`, else the architecture's own rules count. Raises UsageError where mlx-lm
-        has no mixed bits for the architecture.
-        """
+    framework: str  # mlx | pt, as safetensors files name who wrote them
 
     def parameters(self) -> int:
         """How many numbers the model has; a quantized one as many as before."""
 
-    def cast(self, dtype: str | None) -> None:
-        """Turn the numbers into float32, float16 or bfloat16; None: into what config.json says, if it says anything."""
+    def fuse(self, config: Mapping[str, Any], tensors: Tensors, dtype: str | None) -> None:
+        """Give the model the weights that it has with a saved adapter; what is quantized becomes plain numbers.
 
-    def dequantize(self) -> None:
-        """Make plain numbers of what is quantized. Raises InputRefused where mlx-lm cannot."""
-
-    def quantize(self, plan: QuantizationPlan, learned: Any = None) -> None:
-        """Quantize the modules that the plan names, with the numbers of a model of `Comparison.learn` where given."""
+        They are of the type float32, float16 or bfloat16; None: of the one that config.json says, or as stored. Raises
+        InputRefused as `Backend.attach_saved`, and for adapters that cannot be fused.
+        """
 
     def layouts(self) -> dict[str, Layout]:
         """The tensors of the result, in the order of `read`."""
@@ -220,33 +207,77 @@ class Conversion(Protocol):
         """Write config.json."""
 
     def peak_bytes(self) -> int:
-        """The most memory that arrays took so far."""
+        """The most memory that arrays took so far; on PyTorch, that the process grew by."""
+
+
+class Conversion(Rewrite, Protocol):
+    """A rewrite to MLX's layout that can quantize.
+
+    Only MLX has one, because the layout and the rules of each architecture are mlx-lm's.
+    """
+
+    def quantized(self) -> set[str]:
+        """Paths of the modules whose weights are quantized."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """[..., rows, columns] of each weight that can be quantized, by module path."""
+
+    def preferred(self, scheme: Scheme, mixed: str | None) -> dict[str, Scheme | None]:
+        """What each of those modules gets by mlx-lm's rules, where `scheme` is asked for; None: it stays as it is.
+
+        `mixed` is a name of `quantize.MIXED`, else the architecture's own rules count. Raises UsageError where mlx-lm
+        has no mixed bits for the architecture.
+        """
+
+    def cast(self, dtype: str | None) -> None:
+        """Turn the numbers into float32, float16 or bfloat16; None: into what config.json says, if it says anything."""
+
+    def dequantize(self) -> None:
+        """Make plain numbers of what is quantized. Raises InputRefused where mlx-lm cannot."""
+
+    def quantize(self, plan: QuantizationPlan, learned: Any = None) -> None:
+        """Quantize the modules that the plan names, with the numbers of a model of `Comparison.learn` where given."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a quantized model is from the unquantized one, summed over judged tokens."""
+    """How far a model is from the one that it was made of, a quantized one for instance, summed over judged tokens."""
 
     tokens: int
-    base_loss: float  # nats, of the unquantized model
-    loss: float  # nats, of the quantized one
-    kl: float  # nats, KL(unquantized ‖ quantized) of the next token's distribution
+    base_loss: float  # nats, of the model that it was made of
+    loss: float  # nats, of the model itself
+    kl: float  # nats, KL(made of ‖ itself) of the next token's distribution
     changed: int  # tokens for which the likeliest choice is another one
 
 
-class Comparison(Protocol):
-    """An unquantized model in memory, and batches on which quantized ones are held against it.
+class Reference(Protocol):
+    """A model in memory, with an adapter or without, and batches on which others are held against it.
 
-    `which` are indices of batches, `dtypes` safetensors' names of the type that a module has before it is quantized.
+    `which` are indices of batches.
     """
 
     notes: list[str]  # what the person should know, as sentences
 
     def stored(self, source: ModelSource, which: Iterable[int]) -> Divergence:
-        """Of a quantized checkpoint, which is loaded for it."""
+        """Of a checkpoint, which is loaded for it."""
 
-    def planned(self, schemes: Mapping[str, Scheme], dtypes: Mapping[str, str], which: Iterable[int]) -> Divergence:
-        """Of the model with these modules quantized, and nothing else."""
+    def peak_bytes(self) -> int:
+        """The most memory that arrays took so far; on PyTorch, that the process grew by."""
+
+
+class Comparison(Reference, Protocol):
+    """An unquantized model in memory, and batches on which quantized ones are held against it.
+
+    `dtypes` are safetensors' names of the type that a module has before it is quantized.
+    """
+
+    def planned(
+        self, schemes: Mapping[str, Scheme | None], dtypes: Mapping[str, str], which: Iterable[int]
+    ) -> Divergence:
+        """Of the model with these modules quantized, or of their type alone where the scheme is None.
+
+        Nothing else is changed: an adapter stays beside the other modules.
+        """
 
     def sensitivities(self, low: Scheme, high: Scheme, tokens: NDArray[np.int32]) -> dict[str, float]:
         """By module, what it would gain from `high` over `low`, by mlx-lm's dynamic quantization on tokens [N, T]."""
@@ -263,16 +294,21 @@ class Comparison(Protocol):
     def weight_error(self, path: str, scheme: Scheme, dtype: str) -> float:
         """‖quantized − plain‖ / ‖plain‖ of a module's weight, by Frobenius' norm."""
 
-    def peak_bytes(self) -> int:
-        """The most memory that arrays took so far."""
 
-
-def load_comparison(source: ModelSource, batches: Sequence[Batch]) -> Comparison:
-    """A verified checkpoint, unquantized, in memory. Raises as `load_backend` does."""
+def load_comparison(source: ModelSource, batches: Sequence[Batch], adapter: Adapter | None = None) -> Comparison:
+    """A verified checkpoint, unquantized, in memory. Raises as `load_backend` and `attach_saved` do."""
     require_mlx()
     from mlxsft.backends.mlx_quality import MlxComparison
 
-    return MlxComparison(source, batches)
+    return MlxComparison(source, batches, adapter)
+
+
+def load_reference(source: ModelSource, batches: Sequence[Batch], adapter: Adapter) -> Reference:
+    """A verified checkpoint with its adapter on PyTorch. Raises as `load_backend` and `attach_saved` do."""
+    require_torch()
+    from mlxsft.backends.torch_quality import TorchReference
+
+    return TorchReference(source, batches, adapter)
 
 
 def load_conversion(source: ModelSource) -> Conversion:
@@ -281,6 +317,33 @@ def load_conversion(source: ModelSource) -> Conversion:
     from mlxsft.backends.mlx_convert import MlxConversion
 
     return MlxConversion(source)
+
+
+def load_rewrite(source: ModelSource) -> Rewrite:
+    """A verified checkpoint, to be written in transformers' layout. Raises as `load_backend` does."""
+    require_torch()
+    from mlxsft.backends.torch_fuse import TorchRewrite
+
+    return TorchRewrite(source)
+
+
+def writing_backend(name: str) -> str:
+    """The backend that writes a model; `auto` is MLX wherever it can be imported, however fast, for its layout.
+
+    Raises UsageError where there is no such backend, or it is not installed.
+    """
+    if name not in BACKENDS:
+        raise UsageError(f"backend {name!r}: there is no such backend", f"The backends are: {', '.join(BACKENDS)}.")
+    if name == "auto":
+        try:
+            require_mlx()
+        except UsageError:
+            if _missing("torch", "peft"):
+                raise
+            return "torch"
+        return "mlx"
+    require_mlx() if name == "mlx" else require_torch()
+    return name
 
 
 def load_backend(name: str, source: ModelSource) -> Backend:

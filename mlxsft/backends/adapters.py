@@ -91,4 +91,6 @@ def refuse_mismatch(what: str, expected: Mapping[str, Any], tensors: Tensors, *,
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise InputRefused(listed(f"{what} does not fit this model:", problems), "Was it made on another base?")
+        head = any(name.partition(".")[0] in HEADS for name in tensors if name not in shapes)
+        tied = " A model whose embeddings are its head too takes no adapter on the head." if head else ""
+        raise InputRefused(listed(f"{what} does not fit this model:", problems), f"Was it made on another base?{tied}")

@@ -96,9 +96,11 @@ class MlxBackend:
 
     def attach(self, adapter: AdapterRecipe, seed: int) -> None:
         self._adapter = MlxAdapter.new(self.model, adapter, seed, self._quantized, self._keys)
+        mx.eval(self.model.parameters())
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
+        mx.eval(self.model.parameters())
 
     def adapter_config(self) -> dict[str, Any]:
         return self._adapter.config

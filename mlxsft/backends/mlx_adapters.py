@@ -157,7 +157,6 @@ def add_layers(
         for _, module in low_rank:
             module.dropout = KeyedDropout(share, keys)
     model.eval()  # new modules begin in training mode
-    mx.eval(model.parameters())
     return {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters}
 
 

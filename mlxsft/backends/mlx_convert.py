@@ -26,14 +26,18 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
+from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
+from mlxsft.backends.mlx_fuse import plain  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint_and_config,
     mlx_lm,
     parameter_count,
     quantized_modules,
 )
+from mlxsft.backends.mlx_random import RandomKeys  # noqa: E402
 
 if TYPE_CHECKING:
+    from mlxsft.backends import Tensors
     from mlxsft.models.source import ModelSource
 
 BLOCK_VALUES = 1 << 16
@@ -48,6 +52,8 @@ DTYPES = {
 
 class MlxConversion:
     """A checkpoint of which nothing is read until `read`; see `backends.Conversion`."""
+
+    framework = "mlx"
 
     def __init__(self, source: ModelSource) -> None:
         self.name = source.name
@@ -84,20 +90,29 @@ class MlxConversion:
     # ---- what it is to become
 
     def cast(self, dtype: str | None) -> None:
-        wanted = dtype or self.config.get("torch_dtype")
-        if wanted is None and isinstance(text_config := self.config.get("text_config"), dict):
-            wanted = text_config.get("dtype")
-        if wanted in mlx_lm("convert").MODEL_CONVERSION_DTYPES:
-            keeps, number = getattr(self.model, "cast_predicate", lambda name: True), getattr(mx, str(wanted))
-            arrays = tree_flatten(self.model.parameters())
-            floats = [(name, a) for name, a in arrays if mx.issubdtype(a.dtype, mx.floating) and keeps(name)]
-            self.model.load_weights([(name, a.astype(number)) for name, a in floats], strict=False)
+        arrays = tree_flatten(self.model.parameters())
+        floats = [(name, a) for name, a in arrays if mx.issubdtype(a.dtype, mx.floating)]
+        self.model.load_weights([(n, a.astype(self._cast_to(dtype, n, a.dtype))) for n, a in floats], strict=False)
         if dtype:  # so that nothing turns it back into what it was
             self.config |= {"torch_dtype": dtype} | {key: dtype for key in ("dtype",) if key in self.config}
 
+    def fuse(self, config: Mapping[str, Any], tensors: Tensors, dtype: str | None) -> None:
+        self._refuse_scaled_experts()
+        self.model.freeze()  # so that an adapter knows what is its own
+        if config.get("fine_tune_type") == "full":
+            self.cast(dtype)  # before, so that its numbers are rounded to that alone
+        MlxAdapter.saved(self.model, config, tensors, RandomKeys())
+        modules = dict(self.model.named_modules())
+        below = tuple(f"{path}." for path, module in modules.items() if "lora_a" in module)
+        rebuilt = [p for p, m in modules.items() if "lora_a" in m or ("scales" in m and not p.startswith(below))]
+        numbers = {path: self._cast_to(dtype, f"{path}.weight", _number_type(modules[path])) for path in rebuilt}
+        self.model.update_modules(tree_unflatten([(path, plain(modules[path], numbers[path])) for path in rebuilt]))
+        for key in ("quantization", "quantization_config"):
+            self.config.pop(key, None)
+        self.cast(dtype)
+
     def dequantize(self) -> None:
-        if scaled := [name for name, _ in tree_flatten(self.model.parameters()) if name.endswith(".global_scale")]:
-            raise InputRefused(f"{self.name}: mlx-lm cannot dequantize a scale for each expert ({some(scaled)})")
+        self._refuse_scaled_experts()
         mlx_lm("utils").dequantize_model(self.model)
         if left := sorted(self.quantized()):
             raise InputRefused(f"{self.name}: mlx-lm cannot dequantize {some(left)}")
@@ -147,6 +162,21 @@ class MlxConversion:
 
     # ---- inside
 
+    def _cast_to(self, dtype: str | None, name: str, stored: mx.Dtype) -> mx.Dtype:
+        """The type of a tensor of floating-point numbers in the result, as mlx-lm chooses it."""
+        wanted = dtype or self.config.get("torch_dtype")
+        if wanted is None and isinstance(text_config := self.config.get("text_config"), dict):
+            wanted = text_config.get("dtype")
+        keeps = getattr(self.model, "cast_predicate", lambda name: True)
+        if wanted not in mlx_lm("convert").MODEL_CONVERSION_DTYPES or not keeps(name):
+            return stored
+        number: mx.Dtype = getattr(mx, str(wanted))
+        return number
+
+    def _refuse_scaled_experts(self) -> None:
+        if scaled := [name for name, _ in tree_flatten(self.model.parameters()) if name.endswith(".global_scale")]:
+            raise InputRefused(f"{self.name}: mlx-lm cannot dequantize a scale for each expert ({some(scaled)})")
+
     def _quantizable(self) -> list[tuple[str, nn.Module]]:
         leaves = tree_flatten(self.model.leaf_modules(), is_leaf=nn.Module.is_module)
         return [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
@@ -162,11 +192,11 @@ class MlxConversion:
             ) from error
 
 
-def quantized_module(plain: Any, scheme: Scheme) -> nn.Module:
+def quantized_module(dense: Any, scheme: Scheme) -> nn.Module:
     """The module that mlx-lm makes of one that can be quantized; nothing is computed yet."""
-    module: nn.Module = plain.to_quantized(**scheme.entry())
-    if isinstance(plain, _plain_types()) and mx.default_device().type == mx.cpu:
-        parts = quantized_in_blocks(plain.weight, scheme)
+    module: nn.Module = dense.to_quantized(**scheme.entry())
+    if isinstance(dense, _plain_types()) and mx.default_device().type == mx.cpu:
+        parts = quantized_in_blocks(dense.weight, scheme)
         module.update(dict(zip(("weight", "scales", "biases"), parts, strict=False)))
     return module
 
@@ -203,6 +233,13 @@ def _bytes_of(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
     """(name, its bytes in rows as a file has them) of every parameter, not computed yet."""
     for name, array in tree_flatten(model.parameters()):
         yield name, mx.contiguous(array).reshape(-1).view(mx.uint8)
+
+
+def _number_type(layer: Any) -> mx.Dtype:
+    """The type of the numbers of a layer, with an adapter or without; of a packed one that of its scales."""
+    base = layer.linear if "linear" in layer else layer.embedding if "embedding" in layer else layer
+    number: mx.Dtype = base.scales.dtype if "scales" in base else base.weight.dtype
+    return number if mx.issubdtype(number, mx.floating) else mx.bfloat16  # scales of 8 bits
 
 
 def _plain_types() -> tuple[Any, ...]:

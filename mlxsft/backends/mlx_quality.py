@@ -1,8 +1,9 @@
 """A model beside itself quantized: how far what it says of the next token moves, and how far its numbers do.
 
-The unquantized model is in memory once, and every trial shares all its arrays but those of the modules that are
-quantized. Kept between trials are its inputs of the head, its answers, and what those layers give that are below the
-first one with a quantized module; logits exist for a chunk of judged positions at a time.
+The model may have an adapter, and is then held against what is fused of the two. It is in memory once, and every trial
+shares all its arrays but those of the modules that are quantized. Kept between trials are its inputs of the head, its
+answers, and what those layers give that are below the first one with a quantized module; logits exist for a chunk of
+judged positions at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mlx.utils import tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx import MlxBackend  # noqa: E402
 from mlxsft.backends.mlx_convert import DTYPES, quantized_module  # noqa: E402
+from mlxsft.backends.mlx_fuse import plain  # noqa: E402
 from mlxsft.backends.mlx_head import TOLERANCE, TRIED, Head  # noqa: E402
 from mlxsft.backends.mlx_learned import learned, sensitivities  # noqa: E402
 from mlxsft.backends.mlx_models import LOADING_ERRORS, make_float32, why_not_float32  # noqa: E402
@@ -33,6 +35,7 @@ from mlxsft.backends.mlx_trunk import Trunk  # noqa: E402
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
+    from mlxsft.models.adapter import Adapter
     from mlxsft.models.quantize import QuantizationPlan, Scheme
     from mlxsft.models.source import ModelSource
 
@@ -43,8 +46,10 @@ WHOLE_ROWS = 128  # positions compared at once where the head cannot be called o
 class MlxComparison:
     """See `backends.Comparison`."""
 
-    def __init__(self, source: ModelSource, batches: Sequence[Batch]) -> None:
+    def __init__(self, source: ModelSource, batches: Sequence[Batch], adapter: Adapter | None = None) -> None:
         backend = MlxBackend(source)
+        if adapter is not None:
+            backend.attach_saved(adapter.config, adapter.tensors)
         self.notes = backend.notes
         self._base, self._batches = _Judged(backend.model), batches
         self._modules = dict(backend.model.named_modules())
@@ -56,7 +61,9 @@ class MlxComparison:
     def stored(self, source: ModelSource, which: Iterable[int]) -> Divergence:
         return self._divergence(_Judged(MlxBackend(source).model), which)
 
-    def planned(self, schemes: Mapping[str, Scheme], dtypes: Mapping[str, str], which: Iterable[int]) -> Divergence:
+    def planned(
+        self, schemes: Mapping[str, Scheme | None], dtypes: Mapping[str, str], which: Iterable[int]
+    ) -> Divergence:
         trial = self._rounded(schemes, dtypes)
         return self._divergence(self._judged(trial), which, self._below.untouched(schemes))
 
@@ -73,9 +80,9 @@ class MlxComparison:
         return self._divergence(self._judged(copy.deepcopy(model)), which)  # its arrays are the same ones
 
     def weight_error(self, path: str, scheme: Scheme, dtype: str) -> float:
-        plain = self._modules[path].weight.astype(mx.float32)
-        rounded = _in_float32(self._quantized(path, scheme, dtype)).weight
-        norms = mx.stack([((rounded - plain) ** 2).sum(), (plain**2).sum()]).tolist()
+        exact = plain(self._modules[path], mx.float32).weight
+        rounded = _in_float32(self._written(path, scheme, dtype)).weight
+        norms = mx.stack([((rounded - exact) ** 2).sum(), (exact**2).sum()]).tolist()
         error, norm = np.sqrt(np.array(norms, dtype=np.float64))
         return float(error / norm) if norm else 0.0
 
@@ -84,18 +91,19 @@ class MlxComparison:
 
     # ---- inside
 
-    def _rounded(self, schemes: Mapping[str, Scheme], dtypes: Mapping[str, str]) -> nn.Module:
+    def _rounded(self, schemes: Mapping[str, Scheme | None], dtypes: Mapping[str, str]) -> nn.Module:
         """The model with these modules quantized; all other arrays are the same ones."""
         trial = copy.deepcopy(self._base.model)
-        modules = [(path, self._quantized(path, scheme, dtypes[path])) for path, scheme in schemes.items()]
+        modules = [(path, self._written(path, scheme, dtypes[path])) for path, scheme in schemes.items()]
         trial.update_modules(tree_unflatten(modules))
         return trial
 
-    def _quantized(self, path: str, scheme: Scheme, dtype: str) -> nn.Module:
-        """The module as a conversion writes it: cast first, then quantized."""
-        module = copy.deepcopy(self._modules[path])
-        module.set_dtype(next(number for number, name in DTYPES.items() if name == dtype))
-        return quantized_module(module, scheme)
+    def _written(self, path: str, scheme: Scheme | None, dtype: str) -> nn.Module:
+        """The module as a conversion writes it: fused and cast first, then quantized."""
+        number = next(number for number, name in DTYPES.items() if name == dtype)
+        module = plain(self._modules[path], number)
+        module.set_dtype(number)
+        return quantized_module(module, scheme) if scheme else module
 
     def _judged(self, trial: nn.Module) -> _Judged:
         if self._dequantized:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -22,8 +23,6 @@ from mlxsft.models.tensors import StoredTensors
 
 if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
-
-Tensors = dict[str, torch.Tensor]
 
 # What transformers raises for config.json and tensors that it cannot use.
 LOADING_ERRORS = (
@@ -40,25 +39,15 @@ def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
 
     Raises InputRefused where transformers has none for it, or tensors are missing.
     """
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config  # the tensors are dequantized here
-            config.return_dict = True  # a config.json may say otherwise
-            with torch.device("meta"):
-                model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-            tensors = read_tensors(source)
-            model, told = model_class.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-            )
-    except LOADING_ERRORS as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        reason = re.sub(r"\s+", " ", f"{kind}{error}")
-        raise InputRefused(
-            f"{source.folder}: transformers cannot load this checkpoint: {reason[:300]}",
-            f"Its model_type is {source.config.get('model_type')!r}; `pip install -U transformers` may bring new ones.",
-        ) from error
+    with _loading(source):
+        empty = empty_model(source)
+        model, told = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=dict(read_tensors(source)),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     if missing := sorted(told["missing_keys"]):
         raise InputRefused(
             f"{source.folder}: tensors are missing that transformers' model has: {', '.join(missing[:5])}"
@@ -72,19 +61,62 @@ def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
     return model, [f"{len(unused)} tensors of the checkpoint have no use, {unused[0]} the first"] if unused else []
 
 
-def read_tensors(source: ModelSource) -> Tensors:
-    """The tensors of a checkpoint under transformers' names, float32, dequantized where they must be."""
-    stored = StoredTensors(source)
-    # Scales too, so that nothing is rounded when they are multiplied: as on MLX's CPU.
-    wide = {name: as_float32(a) if a.dtype.kind == "f" or a.dtype == BFLOAT16 else a for name, a in stored.items()}
-    tensors = {name: torch.from_numpy(array) for name, array in dequantized_tensors(wide, source.config)}
-    kind = str(source.config.get("model_type"))
-    if kind == "gpt2" and any(name.startswith("model.h.") for name in tensors):  # as mlx-lm saves it
-        tensors = {
-            transformers_name(kind, name): tensor.T.contiguous() if TURNED.search(name) else tensor
-            for name, tensor in tensors.items()
-        }
-    return {name: part for whole, tensor in tensors.items() for name, part in _experts(kind, whole, tensor)}
+def empty_model(source: ModelSource) -> nn.Module:
+    """transformers' model of a checkpoint without its numbers. Raises InputRefused where it has none for it."""
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the tensors are dequantized here
+        config.return_dict = True  # a config.json may say otherwise
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(source: ModelSource) -> Iterator[None]:
+    """Within it, transformers is quiet, and raises InputRefused for what it cannot load."""
+    try:
+        with quiet():
+            yield
+    except LOADING_ERRORS as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = re.sub(r"\s+", " ", f"{kind}{error}")
+        raise InputRefused(
+            f"{source.folder}: transformers cannot load this checkpoint: {reason[:300]}",
+            f"Its model_type is {source.config.get('model_type')!r}; `pip install -U transformers` may bring new ones.",
+        ) from error
+
+
+def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """(transformers' name, tensor) of a checkpoint, float32, dequantized where it must be, each read when it is due."""
+    stored, kind = _Wide(StoredTensors(source)), str(source.config.get("model_type"))
+    turns = kind == "gpt2" and any(name.startswith("model.h.") for name in stored)  # as mlx-lm saves it
+    for name, array in dequantized_tensors(stored, source.config):
+        tensor = torch.from_numpy(array)
+        if turns:
+            tensor = tensor.T.contiguous() if TURNED.search(name) else tensor
+            name = transformers_name(kind, name)
+        yield from _experts(kind, name, tensor)
+
+
+class _Wide(Mapping[str, NDArray[Any]]):
+    """Arrays as float32 where they are floats: scales too, so that nothing is rounded when they are multiplied."""
+
+    def __init__(self, stored: StoredTensors) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        array = self._stored[name]
+        return as_float32(array) if array.dtype.kind == "f" or array.dtype == BFLOAT16 else array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def _experts(kind: str, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxsft.backends import Backend, load_backend
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.data.template import Template
-from mlxsft.models.adapter import load_adapter
+from mlxsft.models.adapter import Adapter, load_adapter
 from mlxsft.models.passport import check_base, passport_part
 from mlxsft.models.sizes import refuse_beyond_memory
-from mlxsft.models.source import open_model
+from mlxsft.models.source import ModelSource, open_model
 
 
 def load_for_chat(
@@ -29,21 +30,41 @@ def load_for_chat(
     Raises InputRefused for an adapter that was trained on other weights, as far as its passport says, OutOfResources
     for a model that is larger than the memory of this machine.
     """
+    opened = open_with_adapter(model, adapter, revision=revision, progress=progress)
+    refuse_beyond_memory(opened.source.name, opened.source.weight_bytes)
+    renderer = load_renderer(opened.source, template if template is not None else opened.template)
+    backend = load_backend(backend_name, opened.source)
+    if opened.adapter is not None:
+        backend.attach_saved(opened.adapter.config, opened.adapter.tensors)
+    for note in opened.notes:
+        progress(f"note: {note}")
+    return backend, renderer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and an adapter that belong together as far as anybody can know, read but not put together."""
+
+    source: ModelSource
+    adapter: Adapter | None
+    template: Template | None  # of the adapter's passport
+    notes: list[str]  # what could not be checked, as sentences
+
+
+def open_with_adapter(
+    model: str, adapter: Path | None, *, revision: str | None, progress: Callable[[str], None] | None = None
+) -> Opened:
+    """Both, of the commit that the adapter belongs to where no other is named.
+
+    Raises InputRefused for an adapter that was trained on other weights, as far as its passport says.
+    """
     saved = load_adapter(adapter) if adapter is not None else None
     base = passport_part(saved.config, "base") if saved is not None else {}
     if revision is None and base.get("name") == model and isinstance(base.get("commit"), str):
         revision = base["commit"]  # the adapter belongs to this commit, wherever the branch is by now
     source = open_model(model, revision=revision, progress=progress)
-    refuse_beyond_memory(source.name, source.weight_bytes)
     notes = check_base(saved.config, source, adapter) if saved is not None and adapter is not None else []
-    trained_with = _template_of(saved.config) if saved is not None else None
-    renderer = load_renderer(source, template if template is not None else trained_with)
-    backend = load_backend(backend_name, source)
-    if saved is not None:
-        backend.attach_saved(saved.config, saved.tensors)
-        for note in notes:
-            progress(f"note: {note}")
-    return backend, renderer
+    return Opened(source, saved, _template_of(saved.config) if saved is not None else None, notes)
 
 
 def _template_of(config: Mapping[str, Any]) -> Template | None:

@@ -15,6 +15,7 @@ from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
 from mlxsft.cli.export import export, import_
+from mlxsft.cli.fuse import fuse
 from mlxsft.cli.generate import generate
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
@@ -35,6 +36,7 @@ for command in (
     runs,
     generate,
     chat,
+    fuse,
     pull,
     convert,
     quantize,

@@ -1,4 +1,4 @@
-"""README.md of a converted model: what it was made from, under which licence, and how; for people and for the Hub."""
+"""README.md of a model that we made: from what, under which licence, and how; for people and for the Hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from mlxsft.models.source import ModelSource
 CARD = "README.md"
 CARD_BYTES = 1 << 20
 KEPT = ("license", "license_name", "license_link", "language")  # what a conversion does not change
+ADAPTER = "adapter_sha256"  # in `Lock.made`: of the tensors of an adapter that is fused in
+UNVERSIONED = ("command", ADAPTER)  # of `Lock.made`
 _FRONT = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
 
@@ -54,16 +56,21 @@ def card_text(
     quantization: Mapping[str, Any] | None,
     bits_per_weight: float,
     measured: Sequence[str] = (),
+    adapter: str | None = None,
+    library: str = "mlx",
 ) -> str:
     """The card of a model that was made from `source` as `lock` says.
 
-    `measured` is a sentence on its quality, and the lines of a table.
+    `measured` is a sentence on its quality, and the lines of a table. `adapter` is the name of one that is fused in,
+    `library` the one whose layout the model has: mlx or transformers.
     """
-    facts: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"]}
+    facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    facts |= {"tags": ["mlx"]} if library == "mlx" else {}
     facts |= source_metadata(source)
     if lock.repository:
         facts |= {"base_model": lock.repository}
-        facts |= {"base_model_relation": "quantized"} if quantization else {}
+        relation = "finetune" if adapter else "quantized" if quantization else None
+        facts |= {"base_model_relation": relation} if relation else {}
     name = lock.repository or source.folder.name
     numbers = f"{bits_per_weight:.3f} bits a weight"
     if quantization:
@@ -72,32 +79,36 @@ def card_text(
         )
         others = sum(isinstance(value, dict) for value in quantization.values())
         numbers += f" ({others} modules otherwise, see config.json)" if others else ""
-    made = ", ".join(f"{package} {version}" for package, version in lock.made.items() if package != "command")
+    made = ", ".join(f"{package} {version}" for package, version in lock.made.items() if package not in UNVERSIONED)
     commit = f" at commit {lock.commit}" if lock.commit else ""
     lines = [
         "---",
         yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {name} for MLX",
+        f"# {name}{f' with {adapter}' if adapter else ''}{' for MLX' if library == 'mlx' else ''}",
         "",
-        f"Made from {name}{commit}: {numbers}.",
+        f"Made from {name}{commit}{_tuned(adapter, lock)}: {numbers}.",
         "",
         "```sh",
         lock.made["command"],
         "```",
         "",
-        *_quality(measured),
+        *_quality(measured, "base and adapter" if adapter else "the unquantized model"),
         f"With {made}. The SHA-256 of every file is in lock.json; `mlxsft verify` compares.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _quality(measured: Sequence[str]) -> list[str]:
+def _tuned(adapter: str | None, lock: Lock) -> str:
+    return f" and the adapter {adapter} (SHA-256 {lock.made[ADAPTER]})" if adapter else ""
+
+
+def _quality(measured: Sequence[str], reference: str) -> list[str]:
     if not measured:
         return []
     sentence, *table = measured
-    lines = [f"Against the unquantized model, {sentence}.", ""]
+    lines = [f"Against {reference}, {sentence}.", ""]
     return [*lines, "```text", *table, "```", ""] if table else lines
 
 

@@ -6,14 +6,14 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mlxsft import __version__
-from mlxsft.backends import Conversion, load_conversion
+from mlxsft.backends import Conversion, Rewrite, load_conversion
 from mlxsft.data.render import refuse_unusable
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.hub import Tell
@@ -190,52 +190,76 @@ def _write(
     progress: Progress,
 ) -> Converted:
     """Everything that belongs into the folder, the lock last."""
-    layouts, parameters, plan = conversion.layouts(), conversion.parameters(), prepared.plan
-    total = sum(layout.size for layout in layouts.values())
-    refuse_full_disk(out, total)
-    _copy_beside(source, folder)
-    conversion.write_config(str(folder / "config.json"))
-    weights = write_shards(
-        folder,
-        layouts,
-        conversion.read(),
-        max_bytes=settings.shard_bytes,
-        parameters=parameters,
-        progress=lambda size: progress(size, total),
-    )
-    peak = conversion.peak_bytes()
+    plan = prepared.plan
+    written = write_model(folder, source, conversion, settings.shard_bytes, progress)
     quality = prepared.judge.quality(folder, plan, prepared.compared) if prepared.judge and plan else None
     done = Converted(
         out=out,
-        before_bytes=sum((source.folder / file).stat().st_size for file in source.files),
-        after_bytes=sum(file.size for file in weights.values()),
-        parameters=parameters,
-        bits_per_weight=8 * total / parameters,
+        before_bytes=source.weight_bytes,
+        after_bytes=written.size,
+        parameters=written.parameters,
+        bits_per_weight=written.bits_per_weight,
         quantization=plan.block() if plan else None,
-        shards=len(weights),
-        peak_bytes=peak,
+        shards=len(written.files),
+        peak_bytes=written.peak_bytes,
         notes=prepared.notes,
         quality=quality,
     )
-    _describe(folder, source, settings, done, weights)
-    return done
-
-
-def _describe(
-    folder: Path, source: ModelSource, settings: ConvertSettings, done: Converted, weights: Mapping[str, FileHash]
-) -> None:
-    """The card, and the lock with the hash of every file."""
     repository, commit = origin(source)
-    lock = Lock(repository, commit, _made(source, done.out, settings), {})
+    lock = Lock(repository, commit, _made(source, out, settings), {})
     text = card_text(
         source,
         lock,
         quantization=done.quantization,
         bits_per_weight=done.bits_per_weight,
-        measured=[done.quality.sentence(), *done.quality.worst()] if done.quality else [],
+        measured=[quality.sentence(), *quality.worst()] if quality else [],
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
-    write_lock(folder, Lock(lock.repository, lock.commit, lock.made, _hashes(folder, weights)))
+    describe(folder, text, lock, written.files)
+    return done
+
+
+@dataclass(frozen=True)
+class Written:
+    """The weight files of a folder."""
+
+    files: Mapping[str, FileHash]
+    parameters: int
+    bits_per_weight: float
+    peak_bytes: int  # of arrays in memory while they were written
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(file.size for file in self.files.values())
+
+
+def write_model(folder: Path, source: ModelSource, rewrite: Rewrite, shard_bytes: int, progress: Progress) -> Written:
+    """Fill a folder with what has become of the source: weights, config.json, and all that defines a model beside them.
+
+    Tensors are made one by one. Raises OutOfResources where the disk is too full, and as `rewrite` does.
+    """
+    layouts, parameters = rewrite.layouts(), rewrite.parameters()
+    total = sum(layout.size for layout in layouts.values())
+    refuse_full_disk(folder, total)
+    _copy_beside(source, folder)
+    rewrite.write_config(str(folder / "config.json"))
+    files = write_shards(
+        folder,
+        layouts,
+        rewrite.read(),
+        max_bytes=shard_bytes,
+        parameters=parameters,
+        framework=rewrite.framework,
+        progress=lambda size: progress(size, total),
+    )
+    return Written(files, parameters, 8 * total / parameters, rewrite.peak_bytes())
+
+
+def describe(folder: Path, card: str, lock: Lock, weights: Mapping[str, FileHash]) -> None:
+    """The card, and the lock with the hash of every file; those of the weights were made when they were written."""
+    (folder / CARD).write_text(card, encoding="utf-8")
+    others = hashed(folder, [name for name in names_in(folder) if name not in weights])
+    write_lock(folder, replace(lock, files={**others, **weights}))
 
 
 def _copy_beside(source: ModelSource, folder: Path) -> None:
@@ -248,16 +272,20 @@ def _copy_beside(source: ModelSource, folder: Path) -> None:
 
 def _made(source: ModelSource, out: Path, settings: ConvertSettings) -> dict[str, str]:
     """How it was made, with no path of this machine."""
+    name, pinned = as_published(source)
+    return made(["convert", name, out.name, *settings.options(), *pinned], ("mlx", "mlx-lm"))
+
+
+def as_published(source: ModelSource) -> tuple[str, list[str]]:
+    """What the source is called where no path of this machine may be named, and the options that pin it."""
     repository, commit = origin(source)
     lock = own_lock(source)
-    as_published = repository and not (lock and lock.made)  # and not what a conversion made of it
-    words = ["mlxsft", "convert", repository if repository and as_published else source.folder.name, out.name]
-    words += settings.options()
-    words += ["--revision", commit] if commit and as_published else []
-    versions = {package: metadata.version(package) for package in ("mlx", "mlx-lm")}
-    return {"command": shlex.join(words), "mlxsft": __version__, **versions}
+    if not repository or (lock and lock.made):  # what a conversion made of it is not what the Hub has
+        return source.folder.name, []
+    return repository, ["--revision", commit] if commit else []
 
 
-def _hashes(folder: Path, known: Mapping[str, FileHash]) -> dict[str, FileHash]:
-    """The hash of every file; those of the weights were made when they were written."""
-    return {**hashed(folder, [name for name in names_in(folder) if name not in known]), **known}
+def made(words: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
+    """The command and the versions, as a lock has them."""
+    versions = {package: metadata.version(package) for package in packages}
+    return {"command": shlex.join(["mlxsft", *words]), "mlxsft": __version__, **versions}

@@ -122,7 +122,7 @@ class Judge:
         self.batches = list(batches(judged, BATCH_TOKENS, positions=renderer.positions))
         longest = min(renderer.positions or CALIBRATION_TOKENS, CALIBRATION_TOKENS)
         self.calibration = segments(learned, longest)
-        self.sample = _sample(self.batches)
+        self.sample = sample(self.batches)
         self.dtypes = {name.removesuffix(".weight"): layout.dtype for name, layout in self.layouts.items()}
 
     @cached_property
@@ -208,7 +208,7 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _sample(judged: Sequence[Batch]) -> list[int]:
+def sample(judged: Sequence[Batch]) -> list[int]:
     """Some of the batches, whatever their length, with EFFECT_TOKENS judged tokens, or all of them."""
     chosen, tokens = list[int](), 0
     for i in np.random.default_rng(0).permutation(len(judged)).tolist():

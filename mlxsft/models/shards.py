@@ -71,18 +71,19 @@ def write_shards(
     *,
     max_bytes: int,
     parameters: int,
+    framework: str = "mlx",
     progress: Callable[[int], None] = lambda size: None,
 ) -> dict[str, FileHash]:
     """Write the shards and their index, each file safe on the disk; the hash of every shard.
 
-    `tensors` gives the bytes in the order of `layouts`. `progress` hears how many bytes were added. Raises OSError as
-    the system does.
+    `tensors` gives the bytes in the order of `layouts`. `framework` is the format that a header names, mlx or pt.
+    `progress` hears how many bytes were added. Raises OSError as the system does.
     """
     shards = planned_shards(layouts, max_bytes)
     hashes, coming = {}, iter(tensors)
     for file, shard in shards.items():
         with _writing(folder / file, progress) as out:
-            out.write(memoryview(header_bytes(shard)))
+            out.write(memoryview(header_bytes(shard, framework)))
             for name, layout in shard.items():
                 came, data = next(coming)
                 if (came, data.nbytes) != (name, layout.size):
