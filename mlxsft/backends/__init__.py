@@ -75,6 +75,24 @@ class Sampling:
     seed: int | None = None  # the same seed gives the same tokens; None: other ones each time
 
 
+class Streams(Protocol):
+    """Answers that are computed together, a token of each at a time; they begin and end independently."""
+
+    capacity: int  # how many are computed at once; more wait
+
+    def add(self, number: int, tokens: list[int], sampling: Sampling) -> None:
+        """Begin with the answer to a prompt of at least one token, called by a number."""
+
+    def step(self) -> list[tuple[int, int]]:
+        """(number, next token) of those that have one; an answer goes on until it is removed."""
+
+    def remove(self, number: int) -> None:
+        """End an answer."""
+
+    def close(self) -> None:
+        """End all of them and give their memory back."""
+
+
 class Backend(Protocol):
     """A checkpoint in memory, frozen, with at most one adapter that can be trained, or several that answer in turn."""
 
@@ -168,6 +186,9 @@ class Backend(Protocol):
         `watch` is told of each token before it is yielded; the log-probabilities are those after the repetition
         penalty, before temperature and filters.
         """
+
+    def streams(self, at_once: int) -> Streams:
+        """Up to so many answers at once, with the adapter in use; one at a time where model or backend cannot more."""
 
     # ---- state
 

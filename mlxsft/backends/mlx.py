@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Alone, Ranks, Sampling, Tensors, Watch
+from mlxsft.backends import Alone, Ranks, Sampling, Streams, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.initial_values import seed_of, token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
+from mlxsft.backends.streams import OneByOne
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
 
@@ -49,6 +50,7 @@ from mlxsft.backends.mlx_models import (  # noqa: E402
 from mlxsft.backends.mlx_packing import why_not_packed  # noqa: E402
 from mlxsft.backends.mlx_random import RandomKeys, noisy  # noqa: E402
 from mlxsft.backends.mlx_ranks import sum_of_ranks  # noqa: E402
+from mlxsft.backends.mlx_streams import Batched  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
@@ -300,6 +302,11 @@ class MlxBackend:
             if watch is not None:
                 watch(int(token), np.array(logprobs.astype(mx.float32)))
             yield int(token)
+
+    def streams(self, at_once: int) -> Streams:
+        self._train_mode(False)
+        together = at_once > 1 and all(hasattr(layer, "merge") for layer in self.new_cache())
+        return Batched(self.model, at_once, sampler) if together else OneByOne(self)
 
     # ---- state
 

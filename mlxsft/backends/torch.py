@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache
 
-from mlxsft.backends import Alone, Ranks, Sampling, Tensors, Watch
+from mlxsft.backends import Alone, Ranks, Sampling, Streams, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.packing import why_different
+from mlxsft.backends.streams import OneByOne
 from mlxsft.backends.torch_adapters import Change, TorchAdapter, low_rank_layers
 from mlxsft.backends.torch_generation import Sampler
 from mlxsft.backends.torch_loss import Loss, pieces
@@ -244,6 +245,9 @@ class TorchBackend:
         """The arguments of a model that reads a cache and adds to it; newer transformers call the first `cache`."""
         names = inspect.signature(self.model.forward).parameters
         return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+
+    def streams(self, at_once: int) -> Streams:
+        return OneByOne(self)
 
     # ---- state
 

@@ -18,6 +18,7 @@ __all__ = [
     "Ending",
     "Memory",
     "Sampling",
+    "Writer",
     "answer_text",
     "continue_prompt",
     "room_for_answer",
@@ -38,6 +39,11 @@ class Answer:
     tokens: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast tokens came once the prompt was computed; 0 for an answer without any."""
+        return self.tokens / max(self.seconds - self.prompt_seconds, 1e-9)
 
 
 @dataclass
@@ -78,14 +84,15 @@ def stream_answer(
     *,
     memory: Memory | None = None,
     answer: Answer | None = None,
+    stops: Sequence[str] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """The text of the next answer as it comes; `answer`, where given, is filled in.
 
-    Stops at every end token of tokenizer, generation config and template, after `max_tokens`, at the model's last
-    position, or between two tokens when `stop()` says so. With a `memory`,
-    only what differs from the conversation so far is computed. Raises InputRefused where the
-    template refuses, or when the prompt leaves no position for an answer.
+    Stops at every end token of tokenizer, generation config and template, before the first of the strings `stops`,
+    after `max_tokens`, at the model's last position, or between two tokens when `stop()` says so. With a `memory`, only
+    what differs from the conversation so far is computed. Raises InputRefused where the template refuses, or when the
+    prompt leaves no position for an answer.
     """
     prompt = renderer.prompt(turns)
     steps = continue_prompt(
@@ -97,6 +104,7 @@ def stream_answer(
         memory=memory or Memory(backend),
         answer=answer or Answer(),
         opening=renderer.opening,
+        stops=stops,
         stop=stop,
     )
     with closing(steps):
@@ -127,7 +135,7 @@ def continue_prompt(
     rest = memory.rest_of(prompt)
     answer.prompt_tokens, answer.reused_tokens = len(prompt), len(prompt) - len(rest)
     stream: Generator[int, None, None] | None = None
-    text, end = renderer.tokenizer.stream(special=special), Ending(stops)
+    writer = Writer(renderer, answer, max_tokens, opening=opening, stops=stops, special=special)
     try:
         while len(rest) >= 2 * READ:  # the rest of it is enough for a repetition penalty to look back on
             backend.read(rest[:READ], memory.cache)
@@ -143,28 +151,13 @@ def continue_prompt(
             rest = []
             if answer.tokens == 0:
                 answer.prompt_seconds = time.perf_counter() - began
-            if token in renderer.end_tokens:
-                answer.finish = "stop"
-                break
-            answer.tokens += 1
-            new = text.push(token)
-            if not answer.text:
-                new, opening = _without(opening, new)
-            new = end.push(new)
-            answer.text += new
-            if end.found:
-                answer.finish = "stop"
-            yield new
-            if end.found or answer.tokens >= max_tokens:
+            yield writer.push(token)
+            if writer.ended:
                 break
             if stop():
                 answer.finish = "stopped"
                 break
-        if not end.found:
-            new = text.finish()
-            new = end.push(new if answer.text else _without(opening, new)[0]) + end.finish()
-            answer.text += new
-            yield new
+        yield writer.finish()
     except GeneratorExit:
         raise  # the reader has had enough: what was computed is in the cache
     except BaseException:
@@ -174,6 +167,51 @@ def continue_prompt(
         if stream is not None:
             stream.close()
         answer.seconds = time.perf_counter() - began
+
+
+class Writer:
+    """Makes the text of an answer out of its tokens, and tells when it ends; `answer` is filled in."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        answer: Answer,
+        max_tokens: int,
+        *,
+        opening: str = "",
+        stops: Sequence[str] = (),
+        special: bool = False,
+    ) -> None:
+        self._answer, self._max_tokens, self._end_tokens = answer, max_tokens, renderer.end_tokens
+        self._opening, self._end = opening, Ending(stops)
+        self._text = renderer.tokenizer.stream(special=special)
+        self.ended = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token, perhaps empty."""
+        if token in self._end_tokens:
+            self._answer.finish, self.ended = "stop", True
+            return ""
+        self._answer.tokens += 1
+        new = self._certain(self._text.push(token))
+        self.ended = bool(self._end.found) or self._answer.tokens >= self._max_tokens
+        return new
+
+    def finish(self) -> str:
+        """What still waited, when no token follows."""
+        new = self._certain(self._text.finish())
+        rest = self._end.finish()
+        self._answer.text += rest
+        return new + rest
+
+    def _certain(self, new: str) -> str:
+        if not self._answer.text:
+            new, self._opening = _without(self._opening, new)
+        new = self._end.push(new)
+        self._answer.text += new
+        if self._end.found:
+            self._answer.finish = "stop"
+        return new
 
 
 class Ending:
