@@ -29,17 +29,17 @@ from mlxsft.interrupt import stop_requested
 COMMANDS = {
     "/help": "show these commands",
     "/clear": "forget the conversation, but for the system prompt",
-    "/system TEXT": "set the system prompt and begin anew; without TEXT, remove it",
-    "/set NAME VALUE": f"set {', '.join(SETTINGS)}; alone, show them",
+    "/system TEXT": "begin anew with this system prompt, or without one",
+    "/set NAME VALUE": "set temperature and others; alone, show them",
     "/retry": "answer the last message again",
     "/undo": "take the last message and its answer back",
     "/edit TEXT": "put a better answer in place of the last one",
-    "/save FILE": "write the conversation as a row of messages; --force replaces a file",
+    "/save FILE": "write the conversation; --force FILE replaces a file",
     "/load FILE": "go on with the conversation of a file",
     "/tokens": "say how long the conversation is",
-    "/adapter NAME|off": "let another adapter answer, or the base; a folder is loaded; alone, list them",
-    "/compare A B": "answer the last message with two adapters (off: the base) side by side; --blind keeps score",
-    "/keep FILE": "append the last exchange, as it was edited, to rows that `mlxsft train` takes",
+    "/adapter NAME|off": "let this adapter answer, or the base; alone, list them",
+    "/compare A B": "both answer the last message; --blind keeps score",
+    "/keep FILE": "append the last exchange to rows for `mlxsft train`",
     "/bye": "leave",
 }
 MULTILINE = '"""'  # begins and ends a message of several lines
@@ -124,6 +124,11 @@ class Chat:
         """
         turns, answer = [*self.turns, Turn("user", message)], Answer()
         self._answer(turns, answer, self.face.show)
+        if answer.finish == "stopped":
+            self.face.note("(stopped)")
+        elif answer.finish == "length":
+            more = "/set max_tokens allows more" if answer.tokens == self.max_tokens else "the model has no more room"
+            self.face.note(f"(cut off after {answer.tokens} tokens; {more})")
         if answer.text:
             self.turns = [*turns, Turn("assistant", answer.text)]
         return answer
@@ -151,11 +156,6 @@ class Chat:
             )
             with closing(steps):
                 show(filter(None, steps))
-        if answer.finish == "stopped":
-            self.face.note("(stopped)")
-        elif answer.finish == "length":
-            more = "/set max_tokens allows more" if longest == self.max_tokens else "the model has no more room"
-            self.face.note(f"(cut off after {answer.tokens} tokens; {more})")
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens before the answer; where the model has no room for it, whole oldest exchanges are left out.
@@ -351,6 +351,7 @@ class Chat:
                 self._drawn, answer = drawn, Answer()  # both with the same seed
                 self._answer(turns, answer, lambda texts: answers.append("".join(texts)))
                 if answer.finish == "stopped":
+                    self.face.note("(stopped)")
                     return
         finally:
             backend.use(before)

@@ -16,12 +16,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.panel import Panel
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from mlxsft.chat.session import COMMANDS
@@ -72,11 +72,11 @@ class TerminalFace:
             self._console.print(_markdown(growing))
 
     def beside(self, answers: Sequence[tuple[str, str]]) -> None:
-        width = self._console.width // len(answers) - 1
-        panels = [
-            Panel(_markdown(printable(text)), title=Text(printable(title)), width=width) for title, text in answers
-        ]
-        self._console.print(Columns(panels))
+        table = Table.grid(expand=True)
+        for _ in answers:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*(Panel(_markdown(printable(text)), title=Text(printable(title))) for title, text in answers))
+        self._console.print(table)
 
     def note(self, text: str) -> None:
         self._notes.print(Text(printable(text), "dim"))
