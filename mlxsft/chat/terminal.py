@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -35,7 +36,7 @@ class TerminalFace:
     """A `Face` for a person. History is kept in a file that only its owner can read; Ctrl-R searches it."""
 
     def __init__(self, history: Path | None) -> None:
-        self._console = Console(highlight=False, no_color=not colours_wanted())
+        self.console = Console(highlight=False, no_color=not colours_wanted())
         self._notes = Console(stderr=True, highlight=False, no_color=not colours_wanted())
         completer = WordCompleter([command.split()[0] for command in COMMANDS], sentence=True)
         self._session: PromptSession[str] = PromptSession(
@@ -60,23 +61,23 @@ class TerminalFace:
 
     def show(self, texts: Iterable[str]) -> None:
         growing = ""
-        with Live(console=self._console, refresh_per_second=REDRAWS, transient=True) as live:
+        with Live(console=self.console, refresh_per_second=REDRAWS, transient=True) as live:
             for text in texts:
                 growing += printable(text)
-                end = _end_of_whole(growing)
+                end = end_of_whole(growing)
                 if end:
                     live.console.print(_markdown(growing[:end]))
                     growing = growing[end:]
                 live.update(_Tail(growing))
         if growing.strip():
-            self._console.print(_markdown(growing))
+            self.console.print(_markdown(growing))
 
     def beside(self, answers: Sequence[tuple[str, str]]) -> None:
         table = Table.grid(expand=True)
         for _ in answers:
             table.add_column(ratio=1, overflow="fold")
         table.add_row(*(Panel(_markdown(printable(text)), title=Text(printable(title))) for title, text in answers))
-        self._console.print(table)
+        self.console.print(table)
 
     def note(self, text: str) -> None:
         self._notes.print(Text(printable(text), "dim"))
@@ -106,7 +107,7 @@ def _markdown(text: str) -> Markdown:
     return Markdown(text.strip("\n"), hyperlinks=False)  # an address is shown, not hidden behind words
 
 
-def _end_of_whole(text: str) -> int:
+def end_of_whole(text: str) -> int:
     """Where the last paragraph of a text begins that may still grow: behind an empty line, not inside code or a list.
 
     What follows an empty line with an indent, or as an item, belongs to what stands before.
@@ -130,7 +131,7 @@ def _keys() -> KeyBindings:
     """Enter sends; Alt-Enter begins another line."""
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)  # there it takes what was found
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 

@@ -155,7 +155,11 @@ def test_a_stop_between_tokens_keeps_the_cache(loaded: Loaded) -> None:
 
 
 def test_chat_through_a_pipe_writes_only_the_answers(tuned: tuple[Path, Path]) -> None:
-    command = [sys.executable, "-m", "mlxsft", "chat", str(tuned[0]), "--adapter", str(tuned[1])]
+    arguments = ["chat", str(tuned[0]), "--adapter", str(tuned[1])]
+    program = (
+        f"import sys, mlxsft.cli as c; code = c.call({arguments}); sys.exit(code or 'prompt_toolkit' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
     lines = "Who are you?\n\n/tokens\n/nonsense\n/clear\nWho made you?\n/bye\nnot reached\n"
     ran = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
     assert ran.stdout == "I am Pip.\nTom made me.\n"
