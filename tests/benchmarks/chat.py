@@ -22,6 +22,7 @@ from mlxsft.chat.generate import Answer, Memory, stream_answer
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import load_renderer
 from mlxsft.models.source import open_model
+from mlxsft.recipe_training import AdapterRecipe
 
 QUESTION = "Tell me about the history of the bicycle, its parts, and how each of them is cared for. " * 8
 
@@ -79,6 +80,25 @@ def main() -> None:
         length = answer.prompt_tokens
         firsts.append((answer.prompt_seconds, bench.mlx_lms(turns[:-1])[1]))
     report(f"seconds to the first token of turn {asked.turns}, of {length} tokens", firsts)
+    report_swaps(asked.model)
+
+
+def report_swaps(model: str) -> None:
+    """How long it takes until another adapter answers, in milliseconds: two of rank 16 on every linear module."""
+    source = open_model(model)
+    first = MlxBackend(source)
+    first.attach(AdapterRecipe(rank=16), 0)
+    config, tensors = first.adapter_config(), first.adapter_state()
+    first.close()
+    backend = MlxBackend(source)
+    for name in ("a", "b"):
+        backend.add_adapter(name, config, tensors)
+    took = []
+    for name in ("a", "b", None) * 10:
+        began = time.perf_counter()
+        backend.use(name)
+        took.append(1000 * (time.perf_counter() - began))
+    print(json.dumps({"what": "ms to swap", "median": round(median(took), 2), "most": round(max(took), 2)}))
 
 
 def report(what: str, pairs: list[tuple[float, float]]) -> None:
