@@ -139,7 +139,7 @@ class Chat:
         prompt = self._prompt(turns)
         sampling = self.sampling
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + self._drawn)
+            sampling = replace(sampling, seed=(sampling.seed + self._drawn) % 2**63)
         self._drawn += 1
         longest = min(self.max_tokens, room_for_answer(prompt, renderer.positions, self.max_tokens))
         with stop_requested([signal.SIGINT]) as stop:
