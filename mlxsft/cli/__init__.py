@@ -17,6 +17,7 @@ from mlxsft.cli.generate import generate
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
+from mlxsft.cli.serve import serve
 from mlxsft.cli.train import train
 from mlxsft.errors import Interrupted, MlxsftError, UsageError
 from mlxsft.terminal import printable
@@ -28,7 +29,7 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, pull, convert, quantize, verify, data, recipes, doctor):
+for command in (train, runs, generate, chat, serve, pull, convert, quantize, verify, data, recipes, doctor):
     app.add_command(command)
 
 
