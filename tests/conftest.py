@@ -34,6 +34,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and a run on it that learned ten answers by heart."""
+    from tests.training.test_run import train, write_recipe
+
+    folder = tmp_path_factory.mktemp("tuned")
+    model = write_llama(folder / "model")
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "model.embed_tokens"]
+    recipe = write_recipe(
+        folder, model, adapter={"rank": 32, "alpha": 128, "targets": everything},
+        train={"epochs": 120, "batch_size": 4, "learning_rate": 0.005}, save__every=1.0,
+    )  # fmt: skip
+    assert train(recipe, folder / "run") == 0
+    return model, folder / "run"
+
+
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """A Hub of ours on this machine."""

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
+Watch = Callable[[int, NDArray[np.float32]], None]  # a token, and the log-probabilities [V] it was chosen from, in nats
 
 # How a launcher tells a process its rank: mlx.launch and `mlxsft train --ranks`, Open MPI, other MPIs.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -75,11 +76,30 @@ class Sampling:
     seed: int | None = None  # the same seed gives the same tokens; None: other ones each time
 
 
+class Streams(Protocol):
+    """Answers that are computed together, a token of each at a time; they begin and end independently."""
+
+    capacity: int  # how many are computed at once; more wait
+
+    def add(self, number: int, tokens: list[int], sampling: Sampling) -> None:
+        """Begin with the answer to a prompt of at least one token, called by a number."""
+
+    def step(self) -> list[tuple[int, int]]:
+        """(number, next token) of those that have one; an answer goes on until it is removed."""
+
+    def remove(self, number: int) -> None:
+        """End an answer."""
+
+    def close(self) -> None:
+        """End all of them and give their memory back."""
+
+
 class Backend(Protocol):
-    """A checkpoint in memory, frozen, with at most one adapter that can be trained."""
+    """A checkpoint in memory, frozen, with at most one adapter that can be trained, or several that answer in turn."""
 
     name: str  # mlx | torch
     device: str  # cpu | gpu
+    in_use: str | None  # the name of the adapter that answers; None: the base, or an adapter without a name
     notes: list[str]  # what the person should know, as sentences
     ranks: Ranks  # what `apply` adds up the gradient over; Alone() unless replaced
 
@@ -97,8 +117,20 @@ class Backend(Protocol):
         Raises InputRefused with every missing, unexpected and wrongly shaped tensor.
         """
 
+    def add_adapter(self, name: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        """Keep a saved adapter in memory under a name, beside others of any kind, rank and layers; `use` chooses it.
+
+        Who answers stays as it is, also where this raises as `attach_saved` does. Not for a model that is trained.
+        """
+
+    def use(self, name: str | None) -> None:
+        """Answer with this adapter from now on, or as the base; nothing is read or computed.
+
+        What a cache holds was computed with the adapter that was in use then: it is of no use to another one.
+        """
+
     def adapter_config(self) -> dict[str, Any]:
-        """The adapter as mlx-lm's adapter_config.json describes it."""
+        """The adapter that is in use, as mlx-lm's adapter_config.json describes it."""
 
     # ---- training
 
@@ -143,11 +175,21 @@ class Backend(Protocol):
     def trim(self, cache: Any, tokens: int) -> bool:
         """Forget the last tokens of a cache; False where this model's cache cannot, and must then be thrown away."""
 
-    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+    def read(self, tokens: list[int], cache: Any) -> None:
+        """Put tokens (at least one) into the cache, the beginning of a prompt that `stream` then goes on with."""
+
+    def stream(
+        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+    ) -> Generator[int, None, None]:
         """Token ids that follow the cache and `tokens` (at least one), without end; the caller closes it.
 
         Whenever a token has been yielded, the cache holds the prompt and every token yielded, that one included.
+        `watch` is told of each token before it is yielded; the log-probabilities are those after the repetition
+        penalty, before temperature and filters.
         """
+
+    def streams(self, at_once: int) -> Streams:
+        """Up to so many answers at once, with the adapter in use; one at a time where model or backend cannot more."""
 
     # ---- state
 

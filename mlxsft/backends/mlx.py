@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Alone, Ranks, Sampling, Tensors
+from mlxsft.backends import Alone, Ranks, Sampling, Streams, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.initial_values import seed_of, token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
+from mlxsft.backends.streams import OneByOne
 
 BLAS, BLAS_HINT = load_blas()  # before MLX is imported, which would take its own
 
@@ -32,7 +33,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
+from mlxsft.backends.mlx_adapters import Change, MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
@@ -49,6 +50,7 @@ from mlxsft.backends.mlx_models import (  # noqa: E402
 from mlxsft.backends.mlx_packing import why_not_packed  # noqa: E402
 from mlxsft.backends.mlx_random import RandomKeys, noisy  # noqa: E402
 from mlxsft.backends.mlx_ranks import sum_of_ranks  # noqa: E402
+from mlxsft.backends.mlx_streams import Batched  # noqa: E402
 from mlxsft.backends.mlx_trunk import Trunk, to_numpy  # noqa: E402
 
 if TYPE_CHECKING:
@@ -87,6 +89,8 @@ class MlxBackend:
         self.model.freeze()
         self.model.eval()
         self._adapter = MlxAdapter(self.model, {})  # none yet
+        self.in_use: str | None = None
+        self._added: dict[str, tuple[MlxAdapter, Change]] = {}
         self._keys = RandomKeys()
         self._cores = Cores(self.device)
         self._by_layer = False  # whether the gradient is made layer by layer
@@ -101,6 +105,30 @@ class MlxBackend:
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
         mx.eval(self.model.parameters())
+
+    def add_adapter(self, name: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        before = self.in_use
+        self.use(None)
+        self.model.freeze()  # of a full fine-tune that was added earlier
+        change = Change(self.model)
+        try:
+            adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
+            mx.eval(self.model.parameters())
+            self._added[name] = adapter, change
+        finally:
+            change.take_out()
+            self.use(before)
+
+    def use(self, name: str | None) -> None:
+        if name == self.in_use:
+            return
+        adapter, change = self._added[name] if name is not None else (MlxAdapter(nn.Module(), {}), None)
+        if self.in_use is not None:
+            self._added[self.in_use][1].take_out()
+        if change is not None:
+            change.put_in()
+        self.model.eval()
+        self._adapter, self.in_use, self._loss_of = adapter, name, None
 
     def adapter_config(self) -> dict[str, Any]:
         return self._adapter.config
@@ -254,7 +282,14 @@ class MlxBackend:
     def trim(self, cache: Any, tokens: int) -> bool:
         return tokens == 0 or mlx_lm("models.cache").trim_prompt_cache(cache, tokens) == tokens
 
-    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+    def read(self, tokens: list[int], cache: Any) -> None:
+        self._train_mode(False)
+        self.model(mx.array(tokens)[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+
+    def stream(
+        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+    ) -> Generator[int, None, None]:
         self._train_mode(False)
         processors = mlx_lm("sample_utils").make_logits_processors(repetition_penalty=sampling.repetition_penalty)
         # generate_step computes the step after a token before it yields the token, so the cache holds it by then.
@@ -266,8 +301,15 @@ class MlxBackend:
             logits_processors=processors,
             prompt_cache=cache,
         )
-        for token, _ in steps:
+        for token, logprobs in steps:
+            if watch is not None:
+                watch(int(token), np.array(logprobs.astype(mx.float32)))
             yield int(token)
+
+    def streams(self, at_once: int) -> Streams:
+        self._train_mode(False)
+        together = at_once > 1 and all(hasattr(layer, "merge") for layer in self.new_cache())
+        return Batched(self.model, at_once, sampler) if together else OneByOne(self)
 
     # ---- state
 

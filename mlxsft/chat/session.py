@@ -1,129 +1,409 @@
-"""A conversation in the terminal."""
+"""A conversation with commands, wherever it is held: `Face` is how a person and it hear each other."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import signal
-import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import TextIO
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
 
-from mlxsft.backends import Backend, Sampling
-from mlxsft.chat.generate import Answer, Memory, stream_answer
-from mlxsft.data.formats import Turn
+from mlxsft.backends import Sampling
+from mlxsft.chat.generate import Answer, Memory, continue_prompt, room_for_answer
+from mlxsft.chat.load import Loaded
+from mlxsft.chat.settings import SETTINGS
+from mlxsft.data.convert import messages_row
+from mlxsft.data.formats import Conversation, LeftOut, Origin, Turn, read_conversations
 from mlxsft.data.render import Renderer
-from mlxsft.errors import InputRefused
+from mlxsft.data.shorten import exchanges
+from mlxsft.errors import InputRefused, MlxsftError, UsageError
 from mlxsft.interrupt import stop_requested
-from mlxsft.terminal import printable
 
 COMMANDS = {
     "/help": "show these commands",
-    "/clear": "forget the conversation",
-    "/system TEXT": "set the system prompt and begin anew; without TEXT, remove it",
+    "/clear": "forget the conversation, but for the system prompt",
+    "/system TEXT": "begin anew with this system prompt, or without one",
+    "/set NAME VALUE": "set temperature and others; alone, show them",
+    "/retry": "answer the last message again",
+    "/undo": "take the last message and its answer back",
+    "/edit TEXT": "put a better answer in place of the last one",
+    "/save FILE": "write the conversation; --force FILE replaces a file",
+    "/load FILE": "go on with the conversation of a file",
     "/tokens": "say how long the conversation is",
+    "/adapter NAME|off": "let this adapter answer, or the base; alone, list them",
+    "/compare A B": "both answer the last message; --blind keeps score",
+    "/keep FILE": "append the last exchange to rows for `mlxsft train`",
     "/bye": "leave",
 }
+MULTILINE = '"""'  # begins and ends a message of several lines
+BASE = "off"  # what the base is called where an adapter could be named
+LONGEST_RESERVE = 4  # an answer has at least this part of the model's positions, or --max-tokens
+
+
+class Face(Protocol):
+    """What a conversation needs of a terminal, or of a pipe."""
+
+    def lines(self) -> Iterator[str]:
+        """What the person says, until there is no more."""
+
+    def show(self, texts: Iterable[str]) -> None:
+        """An answer as it comes."""
+
+    def beside(self, answers: Sequence[tuple[str, str]]) -> None:
+        """Answers side by side, each with what it is called."""
+
+    def note(self, text: str) -> None:
+        """Something that is no answer."""
+
+    def ask(self, question: str, text: str = "") -> str | None:
+        """What the person says to a question, `text` being there to be changed; None where nobody can be asked."""
 
 
 class Chat:
-    """One conversation with one key-value cache: a new turn computes only its own tokens."""
+    """One conversation; each adapter that answers has one key-value cache, so that a turn computes its own tokens."""
 
     def __init__(
         self,
-        backend: Backend,
-        renderer: Renderer,
+        loaded: Loaded,
+        face: Face,
         *,
         sampling: Sampling,
         max_tokens: int,
         system: str | None = None,
-        out: TextIO = sys.stdout,
-        notes: TextIO = sys.stderr,
+        keep: Path = Path("kept.jsonl"),
     ) -> None:
-        self.backend, self.renderer = backend, renderer
+        """`keep` is where /keep appends rows."""
+        self.loaded, self.face = loaded, face
         self.sampling, self.max_tokens = sampling, max_tokens
-        self.out, self.notes = out, notes
-        self.memory = Memory(backend)
         self.turns: list[Turn] = []
+        self._keep_file, self._kept = keep, ""
+        self._memories: dict[str | None, Memory] = {}
+        self._left_out = 0  # oldest exchanges, for which the model has no room
+        self._drawn = 0  # answers, each of which takes another seed
+        self._wins: Counter[str] = Counter()
         self.begin(system)
+
+    @property
+    def renderer(self) -> Renderer:
+        """That of the adapter in use."""
+        return self.loaded.renderers[self.loaded.backend.in_use]
 
     def begin(self, system: str | None) -> None:
         """Begin a conversation anew, with this system prompt."""
         self.turns = [Turn("system", system)] if system else []
+        self._left_out = 0
+
+    def run(self) -> None:
+        """Hold the conversation: every line is a message, but for those that begin with a slash."""
+        lines = self.face.lines()
+        for line in lines:
+            try:
+                if line.startswith("/"):
+                    if not self.command(line.rstrip("\r\n")):
+                        return
+                elif message := _whole(line, lines):
+                    self.say(message)
+            except MlxsftError as refused:
+                self.face.note(" ".join(filter(None, (refused.message, refused.hint))))
+            except KeyboardInterrupt:  # a second one, before the first token came
+                self.face.note("(stopped)")
+
+    # --- answers -------------------------------------------------------------------------------------------------
 
     def say(self, message: str) -> Answer:
-        """Send a message and write the answer as it comes. Ctrl-C ends the answer; what was said of it stays."""
-        turns = [*self.turns, Turn("user", message)]
-        answer = Answer()
-        with stop_requested([signal.SIGINT]) as stop:
-            for text in stream_answer(
-                self.backend,
-                self.renderer,
-                turns,
-                self.sampling,
-                self.max_tokens,
-                memory=self.memory,
-                answer=answer,
-                stop=stop,
-            ):
-                self.out.write(printable(text) if self.out.isatty() else text)
-                self.out.flush()
-        self.out.write("\n")
-        self.out.flush()
+        """Send a message and show the answer as it comes. Ctrl-C ends the answer; what was said of it stays.
+
+        A question without an answer is as if it had not been asked. Raises InputRefused where it cannot be asked.
+        """
+        turns, answer = [*self.turns, Turn("user", message)], Answer()
+        self._answer(turns, answer, self.face.show)
         if answer.finish == "stopped":
-            self.notes.write("(stopped)\n")
-        if answer.text:  # a question without an answer is as if it had not been asked
+            self.face.note("(stopped)")
+        elif answer.finish == "length":
+            more = "/set max_tokens allows more" if answer.tokens == self.max_tokens else "the model has no more room"
+            self.face.note(f"(cut off after {answer.tokens} tokens; {more})")
+        if answer.text:
             self.turns = [*turns, Turn("assistant", answer.text)]
-        if answer.finish == "length" and answer.tokens >= self.max_tokens:
-            self.notes.write(f"(cut off after {answer.tokens} tokens; --max-tokens allows more)\n")
         return answer
 
+    def _answer(self, turns: Sequence[Turn], answer: Answer, show: Callable[[Iterable[str]], None]) -> None:
+        """Have these turns answered; `show` takes the text as it comes."""
+        backend, renderer = self.loaded.backend, self.renderer
+        prompt = self._prompt(turns)
+        sampling = self.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + self._drawn) % 2**63)
+        self._drawn += 1
+        longest = min(self.max_tokens, room_for_answer(prompt, renderer.positions, self.max_tokens))
+        with stop_requested([signal.SIGINT]) as stop:
+            steps = continue_prompt(
+                backend,
+                renderer,
+                prompt,
+                sampling,
+                longest,
+                memory=self._memories.setdefault(backend.in_use, Memory(backend)),
+                answer=answer,
+                opening=renderer.opening,
+                stop=stop,
+            )
+            with closing(steps):
+                show(filter(None, steps))
+
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens before the answer; where the model has no room for it, whole oldest exchanges are left out.
+
+        They stay left out, and a quarter more than is needed goes with them, because all that follows has to be
+        computed anew then.
+        """
+        positions = self.renderer.positions
+        system, parts = turns[: turns[0].role == "system"], exchanges(tuple(turns))
+        left_out = min(self._left_out, len(parts) - 1)
+
+        def tokens() -> list[int]:
+            return self.renderer.prompt([*system, *chain.from_iterable(parts[left_out:])])
+
+        prompt = tokens()
+        if positions is not None:
+            limit = positions - min(self.max_tokens, positions // LONGEST_RESERVE)
+            wanted = limit if len(prompt) <= limit else limit * 3 // 4
+            while len(prompt) > wanted and left_out < len(parts) - 1:
+                left_out += 1
+                prompt = tokens()
+            if left_out > self._left_out:
+                self.face.note(
+                    f"(the model takes {positions} tokens: the oldest {left_out} of {len(parts) - 1} exchanges are "
+                    "left out from here on)"
+                )
+        self._left_out = left_out
+        return prompt
+
+    # --- commands ------------------------------------------------------------------------------------------------
+
     def command(self, line: str) -> bool:
-        """Carry out a line that begins with a command; whether the conversation goes on."""
-        name, _, rest = line.partition(" ")
+        """Carry out a line that begins with a command; whether the conversation goes on. Raises MlxsftError."""
+        name, rest = [*line.split(maxsplit=1), ""][:2]
+        rest = rest.strip()
         match name:
             case "/bye":
                 return False
+            case "/help":
+                self.face.note("\n".join(f"  {command:19}{what}" for command, what in COMMANDS.items()))
             case "/clear":
                 self.begin(self.turns[0].content if self.turns and self.turns[0].role == "system" else None)
-                self.notes.write("The conversation is forgotten.\n")
+                self.face.note("The conversation is forgotten.")
             case "/system":
-                self.begin(rest.strip() or None)
-                which = "with this" if rest.strip() else "without a"
-                self.notes.write(f"The conversation begins anew {which} system prompt.\n")
+                self.begin(rest or None)
+                self.face.note(f"The conversation begins anew {'with this' if rest else 'without a'} system prompt.")
+            case "/set":
+                self._set(rest.replace("=", " ").split())
+            case "/retry":
+                self._retry()
+            case "/undo":
+                self.turns = self.turns[: self._last("user")]
+                self.face.note("The last message and its answer are taken back.")
+            case "/edit":
+                self._edit(rest)
+            case "/save":
+                self._save(rest)
+            case "/load":
+                self._load(rest)
             case "/tokens":
-                self.notes.write(f"{len(self.memory.tokens)} tokens\n")
+                self._tell_tokens()
+            case "/adapter":
+                self._use(rest)
+            case "/compare":
+                self._compare(rest.split())
+            case "/keep":
+                self._keep(rest)
             case _:
-                if name != "/help":
-                    self.notes.write(f"{name}: no such command.\n")
-                self.notes.writelines(f"  {command:14}{what}\n" for command, what in COMMANDS.items())
+                self.face.note(f"{name}: there is no such command; /help shows them.")
         return True
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Hold the conversation: every line is a message, but for those that begin with a slash."""
-        for line in lines:
-            message = line.rstrip("\r\n")
-            if not message.strip():
-                continue
-            if message.startswith("/"):
-                if not self.command(message):
-                    return
-                continue
-            try:
-                self.say(message)
-            except InputRefused as refused:
-                self.notes.write(f"{refused.message}\n")
-            except KeyboardInterrupt:  # a second one, before the first token came
-                self.notes.write("\n(stopped)\n")
+    def _last(self, role: str) -> int:
+        """Where the last turn of this role stands. Raises UsageError where there is none."""
+        found = next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == role), None)
+        if found is None:
+            raise UsageError("There is nothing yet that could be meant.")
+        return found
 
+    def _set(self, words: list[str]) -> None:
+        values = vars(self.sampling) | {"max_tokens": self.max_tokens}
+        if len(words) == 2 and words[0] in SETTINGS:
+            value = SETTINGS[words[0]].read(*words)
+            if words[0] == "max_tokens" and value is not None:
+                self.max_tokens = int(value)
+            else:
+                changed: dict[str, Any] = {words[0]: value}
+                self.sampling = replace(self.sampling, **changed)
+                self._drawn = 0
+        elif words:
+            raise UsageError(f"/set takes a name and a value, or `default`. The names are: {', '.join(SETTINGS)}.")
+        else:
+            self.face.note("\n".join(f"  {n:19}{values[n]!s:8}{s.help}" for n, s in SETTINGS.items()))
 
-def typed_lines(prompt: Callable[[], str]) -> Iterable[str]:
-    """Lines from a person at a terminal, until the end of input; Ctrl-C at the prompt clears the line."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  # arrow keys and earlier lines, where the system has it
-    while True:
+    def _retry(self) -> None:
+        place, before = self._last("user"), self.turns
+        self.turns = before[:place]
+        if not self.say(before[place].content).text:
+            self.turns = before
+        if self.sampling.temperature == 0:
+            self.face.note("(temperature is 0, which always gives the same answer; /set temperature 0.7 varies it)")
+
+    def _edit(self, text: str) -> None:
+        place = self._last("assistant")
+        if not text:
+            asked = self.face.ask("A better answer: ", self.turns[place].content)
+            text = (asked or "").strip()
+        if not text:
+            raise UsageError("The answer stays. /edit TEXT puts TEXT in its place.")
+        self.turns[place] = replace(self.turns[place], content=text)
+        self.face.note("The answer is replaced; /keep keeps it.")
+
+    def _save(self, rest: str) -> None:
+        force = rest.startswith("--force ")
+        file = _file(rest.removeprefix("--force "), "/save")
+        self._last("user")
         try:
-            yield prompt()
-        except KeyboardInterrupt:
-            sys.stderr.write("\n(/bye or Ctrl-D leaves)\n")
-        except EOFError:
+            with file.open("w" if force else "x", encoding="utf-8", newline="\n") as out:
+                out.write(_row(self.turns))
+        except FileExistsError:
+            raise UsageError(f"{file} is there already; /save --force {file} replaces it.") from None
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+        self.face.note(f"Saved: {file}")
+
+    def _load(self, rest: str) -> None:
+        file = _file(rest, "/load")
+        rows = read_conversations([file], unanswered=True)
+        row = next(rows, None)
+        if row is None or isinstance(row, LeftOut) or row.turns[0].role == "text":
+            why = f": {row.reason} {row.detail}".rstrip() if isinstance(row, LeftOut) else ""
+            raise InputRefused(f"{file}: its first row is no conversation{why}")
+        self.begin(None)
+        self.turns = list(row.turns)
+        more = "" if next(rows, None) is None else " (the first of several)"
+        asks = " /retry answers the last message." if self.turns[-1].role == "user" else ""
+        self.face.note(f"{len(self.turns)} turns are loaded{more}.{asks}")
+
+    def _tell_tokens(self) -> None:
+        positions = self.renderer.positions
+        said = self.renderer.prompt(self.turns) if self.turns and self.turns[-1].role != "system" else []
+        of = "" if positions is None else f" of the {positions} that the model takes"
+        less = f"; the oldest {self._left_out} exchanges are left out" if self._left_out else ""
+        self.face.note(f"{len(said)} tokens{of}{less}")
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+
+    def _use(self, wanted: str) -> None:
+        backend = self.loaded.backend
+        if not wanted:
+            names = [f"{'*' if n == backend.in_use else ' '} {n or BASE}" for n in self.loaded.renderers]
+            self.face.note("\n".join(names))
             return
+        name = self._named(wanted)
+        began = time.perf_counter()
+        backend.use(name)
+        took = 1000 * (time.perf_counter() - began)
+        self.face.note(f"{name or 'The base'} answers from here on ({took:.1f} ms).")
+
+    def _named(self, wanted: str) -> str | None:
+        """The name of an adapter in memory, None for the base; one in a folder is loaded first. Raises MlxsftError."""
+        if wanted == BASE:
+            return None
+        if wanted not in self.loaded.renderers:
+            folder = Path(wanted).expanduser()
+            if not folder.is_dir():
+                known = ", ".join(n or BASE for n in self.loaded.renderers)
+                raise UsageError(f"{wanted}: there is no such adapter, and no such folder.", f"There are: {known}.")
+            name = folder.resolve().name
+            if name in self.loaded.renderers:
+                raise UsageError(f"{wanted}: an adapter called {name} is there already.")
+            self.loaded.add(name, folder)
+            return name
+        return wanted
+
+    def _compare(self, words: list[str]) -> None:
+        backend = self.loaded.backend
+        blind, words = "--blind" in words, [word for word in words if word != "--blind"]
+        turns, before = self.turns[: self._last("user") + 1], backend.in_use
+        adapters = [n for n in self.loaded.renderers if n is not None]
+        if not words:
+            words = [BASE, *([before] if before is not None else adapters[:1])]
+        if len(words) != 2 or words[0] == words[1]:
+            raise UsageError(f"/compare takes two different adapters, or {BASE} for the base.")
+        names = [self._named(word) for word in words]
+        if blind:
+            random.shuffle(names)
+        titles = ["A", "B"] if blind else [name or "base" for name in names]
+        drawn, answers = self._drawn, list[str]()
+        try:
+            for title, name in zip(titles, names, strict=True):
+                self.face.note(f"({title} answers)")
+                backend.use(name)
+                self._drawn, answer = drawn, Answer()  # both with the same seed
+                self._answer(turns, answer, lambda texts: answers.append("".join(texts)))
+                if answer.finish == "stopped":
+                    self.face.note("(stopped)")
+                    return
+        finally:
+            backend.use(before)
+        self.face.beside(list(zip(titles, answers, strict=True)))
+        if blind:
+            self._vote(dict(zip(titles, (name or "base" for name in names), strict=True)))
+
+    def _vote(self, names: dict[str, str]) -> None:
+        """Ask which answer is better, then say which was whose."""
+        vote = (self.face.ask("Which is better, A or B? (= neither) ") or "").strip().upper()
+        if vote in names:
+            self._wins[names[vote]] += 1
+        told = ", ".join(f"{title} was {name}" for title, name in names.items())
+        score = ", ".join(f"{name} {self._wins[name]}" for name in sorted(names.values()))
+        self.face.note(f"{told}. Score: {score}.")
+
+    def _keep(self, rest: str) -> None:
+        file = _file(rest, "/keep") if rest else self._keep_file
+        end = self._last("assistant") + 1
+        # The turns before are what the answer is an answer to; only the last one is trained.
+        turns = [replace(t, trained=False) if t.role == "assistant" else t for t in self.turns[: end - 1]]
+        row = _row([*turns, self.turns[end - 1]])
+        if row == self._kept:
+            raise UsageError("This exchange is kept already.")
+        try:
+            with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as out:
+                if out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
+                    row = f"\n{row}"  # a last line without its end
+                out.write(row.encode())
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+        self._kept = row.lstrip()
+        self.face.note(f"Kept in {file}; `mlxsft train` takes it as data.train.")
+
+
+def _row(turns: Sequence[Turn]) -> str:
+    """A conversation as a line of JSON."""
+    return json.dumps(messages_row(Conversation(tuple(turns), Origin("chat", 1))), ensure_ascii=False) + "\n"
+
+
+def _file(name: str, command: str) -> Path:
+    if not name:
+        raise UsageError(f"{command} takes the name of a file.")
+    return Path(name).expanduser()
+
+
+def _whole(line: str, following: Iterator[str]) -> str:
+    """The message that begins with a line: all up to the closing marks where it begins with such; empty for none."""
+    text = line.rstrip("\r\n")
+    if not text.lstrip().startswith(MULTILINE):
+        return text if text.strip() else ""
+    text = text.lstrip().removeprefix(MULTILINE)
+    while not text.rstrip().endswith(MULTILINE) and (more := next(following, None)) is not None:
+        text = "\n".join([text, more.rstrip("\r\n")])
+    return text.rstrip().removesuffix(MULTILINE).strip("\n")

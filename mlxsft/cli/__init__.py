@@ -20,6 +20,7 @@ from mlxsft.cli.generate import generate
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
+from mlxsft.cli.serve import serve
 from mlxsft.cli.train import train
 from mlxsft.errors import Interrupted, MlxsftError, UsageError
 from mlxsft.terminal import printable
@@ -36,6 +37,7 @@ for command in (
     runs,
     generate,
     chat,
+    serve,
     fuse,
     pull,
     convert,

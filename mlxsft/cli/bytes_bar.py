@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,29 @@ def bytes_and_steps(
                 bar.remove_task(task)
 
         yield _of_bytes(bar, what), watch
+
+
+@contextmanager
+def rows_bar(what: str, rows: int, there: int) -> Iterator[Callable[[Any], None]]:
+    """A function that hears a `chat.answers.Progress`; `there` rows of all `rows` need not be done any more."""
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=rows, completed=there, rate="")
+
+        def watch(progress: Any) -> None:
+            spent = time.monotonic() - began
+            rate = f"{progress.tokens / spent:.0f} tokens/s"
+            bar.update(task, completed=progress.rows, rate=rate)
+
+        yield watch
 
 
 def _bars() -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,40 +12,55 @@ from mlxsft.cli.generate import answering
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    help="A run folder, or a folder with an adapter; repeatable. The first one answers.",
+)
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("kept.jsonl"),
+    show_default=True,
+    help="Where /keep appends rows.",
+)
 @answering
 def chat(
     model: str,
-    adapter: Path | None,
+    adapters: tuple[str, ...],
+    keep: Path,
     revision: str | None,
     template: str | None,
     system: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    min_p: float,
-    top_k: int,
-    repetition_penalty: float | None,
-    seed: int | None,
+    settings: dict[str, Any],
     backend: str,
 ) -> None:
-    """Talk with MODEL. Every line is a message; /help shows the commands.
+    """Talk with MODEL. Every line is a message, but for commands; /help shows them.
 
-    Lines may also come through a pipe: then only the answers are written to stdout.
+    Three quotation marks begin and end a message of several lines, as Alt-Enter begins a line. Ctrl-C stops an answer,
+    Ctrl-R searches what was said before. Lines may also come through a pipe: then only the answers are written to
+    stdout.
     """
     import sys
 
     from mlxsft.chat.generate import Sampling
-    from mlxsft.chat.load import load_for_chat
-    from mlxsft.chat.session import Chat, typed_lines
+    from mlxsft.chat.load import load_for_chat, named_adapters
+    from mlxsft.chat.pipe import PipeFace
+    from mlxsft.chat.session import Chat, Face
     from mlxsft.terminal import told
 
-    loaded, renderer = load_for_chat(
-        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
-    )
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    conversation = Chat(loaded, renderer, sampling=sampling, max_tokens=max_tokens, system=system)
-    if sys.stdin.isatty():
-        click.echo("Talk to the model; /help shows the commands, /bye leaves.", err=True)
-        conversation.run(typed_lines(lambda: input("> ")))
+    named = named_adapters(adapters)
+    loaded = load_for_chat(model, named, revision=revision, template=template, backend_name=backend, progress=told)
+    loaded.backend.use(next(iter(named), None))
+    max_tokens = settings.pop("max_tokens")
+    face: Face
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from mlxsft.chat.terminal import TerminalFace, history_file
+
+        face = TerminalFace(history_file())
+        face.note(f"{loaded.backend.in_use or model} answers; /help shows the commands, /bye leaves.")
     else:
-        conversation.run(sys.stdin)
+        face = PipeFace(sys.stdin)
+    Chat(loaded, face, sampling=Sampling(**settings), max_tokens=max_tokens, system=system, keep=keep).run()

@@ -2,95 +2,243 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxsft.chat.settings import SETTINGS, Setting
+from mlxsft.cli.rows import columns, named_columns, row_format, sources
 from mlxsft.cli.train import BACKENDS
+
+if TYPE_CHECKING:
+    from mlxsft.chat.answers import Asking
+    from mlxsft.chat.load import Loaded
+    from mlxsft.data.sources import RowSource
+
+ADAPTER = "adapter"  # what the one that is given is called in memory
 
 
 def answering(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that every command with a model that answers has."""
+    """The options that every command with a model that answers has; `settings` has those of `chat/settings.py`."""
+
+    @functools.wraps(command)
+    def with_settings(**given: Any) -> None:
+        command(settings={name: given.pop(name) for name in SETTINGS}, **given)
+
     options: list[Any] = [
-        click.option("--adapter", type=click.Path(path_type=Path), help="A run folder, or a folder with an adapter."),
         click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
         click.option("--template", help="Chat template: a built-in name or a Jinja file."),
         click.option("--system", help="A system prompt."),
-        click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
-        click.option(
-            "--temperature", type=click.FloatRange(0.0, 100.0), default=0.0, show_default=True, help="0: greedy."
-        ),
-        click.option(
-            "--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, help="Nucleus sampling; 1: off."
-        ),
-        click.option("--min-p", type=click.FloatRange(0.0, 1.0), default=0.0, help="Share of the likeliest; 0: off."),
-        click.option("--top-k", type=click.IntRange(0), default=0, help="Only the K likeliest tokens; 0: off."),
-        click.option(
-            "--repetition-penalty", type=click.FloatRange(0.0, 10.0, min_open=True), help="Above 1 repeats less."
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the sampling; the same seed gives the same text."
+        *(
+            click.option(
+                f"--{name.replace('_', '-')}",
+                type=_range(setting),
+                default=setting.default,
+                show_default=setting.default is not None,
+                help=setting.help,
+            )
+            for name, setting in SETTINGS.items()
         ),
         click.option("--backend", type=BACKENDS, default="auto", show_default=True, help="What computes."),
     ]
+    wrapped: Callable[..., None] = with_settings
     for option in reversed(options):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def rows_source(context: click.Context, parameter: click.Parameter, name: str | None) -> RowSource | None:
+    """A callback: the file, folder or rows of the Hub that are named."""
+    return sources(context, parameter, [name])[0] if name is not None else None
+
+
+def _range(setting: Setting) -> click.IntRange | click.FloatRange:
+    if setting.whole:
+        return click.IntRange(int(setting.low), int(setting.high))
+    return click.FloatRange(setting.low, setting.high, min_open=setting.above)
 
 
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
+@click.option("--adapter", type=click.Path(path_type=Path), help="A run folder, or a folder with an adapter.")
+@click.option("--input", "rows", callback=rows_source, help="Rows to answer, in any layout that `data` reads.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where answers to --input go, as JSONL.")
+@row_format
+@columns
+@click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Rows computed at once.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Ends an answer before this text; repeatable.")
 @answering
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object with the text and its figures.")
+@click.option("--force", is_flag=True, help="Replace --output, and begin anew.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object with the text, or none, and its figures.")
 def generate(
     model: str,
     prompt: str | None,
     adapter: Path | None,
+    rows: RowSource | None,
+    output: Path | None,
+    row_format: str,
+    columns: tuple[str, ...],
+    batch: int,
+    stops: tuple[str, ...],
     revision: str | None,
     template: str | None,
     system: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    min_p: float,
-    top_k: int,
-    repetition_penalty: float | None,
-    seed: int | None,
+    settings: dict[str, Any],
     backend: str,
+    force: bool,
     as_json: bool,
 ) -> None:
-    """Answer PROMPT with MODEL; without PROMPT, what comes on stdin.
+    """Answer PROMPT with MODEL; without PROMPT, what comes on stdin, or every row of --input.
 
-    The answer alone goes to stdout, as it comes.
+    The answer alone goes to stdout, as it comes. Answers to rows go to --output in the order of the rows, which are
+    asked without their last answer; started again after it was stopped, the same command goes on. Row n, from 0, is
+    sampled with --seed + n.
     """
+    import sys
+
+    from mlxsft.chat.answers import Asking
+    from mlxsft.chat.generate import Sampling
+    from mlxsft.chat.load import load_for_chat
+    from mlxsft.errors import UsageError
+    from mlxsft.terminal import told
+
+    if (rows is None) != (output is None):
+        raise UsageError("--input and --output belong together", "Name the rows and where their answers go.")
+    if rows is not None and prompt is not None:
+        raise UsageError("there is a PROMPT and --input", "Give one of them.")
+    if any(not text for text in stops):
+        raise UsageError("--stop: got an empty text")
+    asked = _asked(prompt) if rows is None else ""
+
+    def load() -> Loaded:
+        loaded = load_for_chat(
+            model,
+            {} if adapter is None else {ADAPTER: adapter},
+            revision=revision,
+            template=template,
+            backend_name=backend,
+            progress=told,
+        )
+        loaded.backend.use(None if adapter is None else ADAPTER)
+        return loaded
+
+    max_tokens = settings.pop("max_tokens")
+    asking = Asking(Sampling(**settings), max_tokens, system, stops, batch)
+    if rows is None or output is None:
+        _answer(load(), asked, asking, as_json)
+    else:
+        _answer_rows(load, rows, output, asking, adapter, row_format, named_columns(columns), force, as_json)
+    sys.stdout.flush()
+
+
+def _asked(prompt: str | None) -> str:
+    """The prompt, from stdin where none is given. Raises UsageError where there is none."""
+    import sys
+
+    from mlxsft.errors import UsageError
+
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("there is no PROMPT", "Give it as an argument or on stdin, or rows with --input.")
+    asked = prompt if prompt is not None else sys.stdin.read()
+    if not asked.strip():
+        raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
+    return asked
+
+
+def _answer(loaded: Loaded, asked: str, asking: Asking, as_json: bool) -> None:
     import json
     import sys
     from dataclasses import asdict
 
-    from mlxsft.chat.generate import Answer, Sampling, stream_answer
-    from mlxsft.chat.load import load_for_chat
+    from mlxsft.chat.generate import Answer, stream_answer
     from mlxsft.data.formats import Turn
-    from mlxsft.errors import UsageError
-    from mlxsft.terminal import printable, told
+    from mlxsft.terminal import printable
 
-    if prompt is None and sys.stdin.isatty():
-        raise UsageError("there is no PROMPT", "Give it as an argument or on stdin.")
-    asked = prompt if prompt is not None else sys.stdin.read()
-    if not asked.strip():
-        raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
-    loaded, renderer = load_for_chat(
-        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
-    )
-    turns = [*([Turn("system", system)] if system else []), Turn("user", asked)]
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    turns = [*([Turn("system", asking.system)] if asking.system else []), Turn("user", asked)]
     answer = Answer()
-    for text in stream_answer(loaded, renderer, turns, sampling, max_tokens, answer=answer):
+    for text in stream_answer(
+        loaded.backend,
+        loaded.renderers[loaded.backend.in_use],
+        turns,
+        asking.sampling,
+        asking.max_tokens,
+        answer=answer,
+        stops=asking.stops,
+    ):
         if not as_json:
             click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
             sys.stdout.flush()
-    click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else "")
+    told = {**asdict(answer), "tokens_per_second": round(answer.tokens_per_second, 2)}
+    click.echo(json.dumps(told, ensure_ascii=False) if as_json else "")
     if answer.finish == "length" and not as_json:
         click.echo(f"(cut off after {answer.tokens} tokens; --max-tokens allows more)", err=True)
+
+
+def _answer_rows(
+    load: Callable[[], Loaded],
+    rows: RowSource,
+    output: Path,
+    asking: Asking,
+    adapter: Path | None,
+    row_format: str,
+    columns: dict[str, str],
+    force: bool,
+    as_json: bool,
+) -> None:
+    import json
+    import time
+
+    from mlxsft.chat.answers import AnswersFile, answer_rows, fingerprint, refuse_existing
+    from mlxsft.cli.bytes_bar import rows_bar
+    from mlxsft.data.formats import LeftOut, raise_for_broken, read_conversations
+    from mlxsft.data.sources import files_of
+    from mlxsft.errors import Interrupted
+    from mlxsft.interrupt import stop_requested
+    from mlxsft.models.adapter import hashes_of
+
+    refuse_existing(output, force=force)
+    files = files_of([rows])
+    read = list(read_conversations([rows], format=row_format, columns=columns, unanswered=True))
+    raise_for_broken([row for row in read if isinstance(row, LeftOut)])
+    loaded = load()
+    backend, renderer = loaded.backend, loaded.renderers[loaded.backend.in_use]
+    made_by = fingerprint(
+        backend,
+        renderer,
+        asking,
+        model=loaded.source.hashes() | ({} if adapter is None else hashes_of(adapter)),
+        files=files,
+        reading={"format": row_format, "columns": columns},
+    )
+    answers = AnswersFile(output, made_by, force=force)
+    began, before = time.perf_counter(), answers.rows
+    try:
+        with stop_requested(said="Stopping...") as stop, rows_bar("answering", len(read), before) as watch:
+            progress = answer_rows(backend, renderer, read, asking, answers.write, first=before, stop=stop, watch=watch)
+        if progress.rows < len(read):
+            raise Interrupted(
+                f"{progress.rows} of {len(read)} rows are answered",
+                "The same command goes on with the next one.",
+                exit_code=stop.exit_code,
+            )
+        answers.finish()
+    finally:
+        answers.close()
+    seconds = time.perf_counter() - began
+    told = {
+        "rows": progress.rows,
+        "resumed_after": before,
+        "left_out": progress.left_out,
+        "tokens": progress.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(progress.tokens / seconds, 2),
+    }
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        less = f", {progress.left_out} of them cannot be asked (their `error` says why)" * bool(progress.left_out)
+        click.echo(f"{output}: {progress.rows} rows{less}; {told['tokens_per_second']} tokens a second", err=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -122,11 +123,43 @@ class Renderer:
         Special tokens that the turns spell out are tokenized as ordinary text. Raises InputRefused where the template
         refuses the turns.
         """
+        fence = self.tokenizer.fence
+        fenced = [{fence(key): _mapped(value, fence) for key, value in tool.items()} for tool in tools]
+        with self._refusing():
+            script = self._chat.prompt(map(self._fenced, turns), fenced)
+        return self.checked_prompt([i for ids in self._encode([script])[0] for i in ids])
+
+    def plain_prompt(self, text: str) -> list[int]:
+        """The tokens of a text without a template, with the beginning that the tokenizer gives a text.
+
+        Special tokens that it spells out are tokenized as ordinary text. Raises InputRefused for no token at all.
+        """
+        ids = self._encode([[Piece(self.tokenizer.fence(text))]])[0][0]
+        return self.checked_prompt(self.tokenizer.begun(ids))
+
+    def checked_prompt(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens of a prompt that came as such. Raises InputRefused for none, and for one without embedding."""
+        if not tokens:
+            raise InputRefused("the prompt is empty")
+        rows = self.embedding_rows if self.embedding_rows is not None else len(self.tokenizer.hf)
+        if bad := [i for i in tokens if not 0 <= i < rows]:  # MLX would read foreign memory there
+            raise InputRefused(f"the prompt has the token {bad[0]}, where the model has {rows}")
+        return list(tokens)
+
+    def answer_text(self, turns: Sequence[Turn], tools: Tools = ()) -> str:
+        """What the template writes for the last turn, an answer, up to and including its end token.
+
+        Raises InputRefused where the template refuses the turns.
+        """
+        with self._refusing():
+            return self._chat.scripts(turns, tools)[-1][-1].text
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            script = self._chat.prompt(map(self._fenced, turns), tools)
+            yield
         except TemplateRefused as error:
             raise InputRefused(f"chat template {self.template.name}: it refuses this conversation: {error}") from error
-        return [i for ids in self._encode([script])[0] for i in ids]
 
     def examples(self, row: Conversation, data: DataRecipe) -> Made:
         """What a row gives under the recipe's `data` section: its examples, or why it is left out."""
@@ -177,10 +210,19 @@ class Renderer:
     def _fenced(self, turn: Turn) -> Turn:
         """The turn with its spelled-out special tokens marked as the ordinary text that they are."""
         fence = self.tokenizer.fence
-        if not turn.reasoning and not turn.tool_calls and fence(turn.content) == turn.content:
+        plain = not (turn.reasoning or turn.tool_calls or turn.name or turn.call_id)
+        if plain and fence(turn.content) == turn.content:
             return turn
-        calls = tuple(ToolCall(fence(c.name), _mapped(c.arguments, fence), c.id) for c in turn.tool_calls)
-        return replace(turn, content=fence(turn.content), reasoning=fence(turn.reasoning), tool_calls=calls)
+        return replace(
+            turn,
+            content=fence(turn.content),
+            reasoning=fence(turn.reasoning),
+            tool_calls=tuple(
+                ToolCall(fence(c.name), _mapped(c.arguments, fence), fence(c.id)) for c in turn.tool_calls
+            ),
+            name=fence(turn.name),
+            call_id=fence(turn.call_id),
+        )
 
     # --- tokens ------------------------------------------------------------------------------------------------
 

@@ -175,9 +175,13 @@ class Tokenizer:
 
     def framed(self, ids: Sequence[int]) -> list[int]:
         """Ids of a plain text with the beginning that the tokenizer gives it, where it gives one, and its end."""
-        begun = [int(self.hf.bos_token_id), *ids] if self.begins_with_bos else list(ids)
+        begun = self.begun(ids)
         end = sorted(self.eos_token_ids)
         return begun if begun[-1:] == end else begun + end
+
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a plain text with the beginning that the tokenizer gives it, where it gives one."""
+        return [int(self.hf.bos_token_id), *ids] if self.begins_with_bos else list(ids)
 
     @cached_property
     def _joint(self) -> tuple[str, list[int]]:

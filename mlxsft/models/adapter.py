@@ -7,6 +7,7 @@ module, `adapter_config.json` how they apply. Keys that mlx-lm does not know, as
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -68,6 +69,13 @@ def load_adapter(folder: Path) -> Adapter:
     if problems := [*_config_problems(config), *_tensor_problems(config, tensors)]:
         raise InputRefused(listed(f"{folder}: this adapter cannot be used:", problems))
     return Adapter(config, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)})
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the tensors and of the config as it is read."""
+    tensors = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    config = json.dumps(_read_config(folder), sort_keys=True)
+    return {WEIGHTS: tensors, CONFIG: hashlib.sha256(config.encode()).hexdigest()}
 
 
 def refuse_non_finite(target: Path, tensors: Mapping[str, NDArray[Any]]) -> None:

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from mlxsft.backends import Sampling, load_backend
 from mlxsft.chat.generate import Answer, Memory, stream_answer
-from mlxsft.chat.session import Chat
+from mlxsft.chat.load import Loaded, load_for_chat, named_adapters
 from mlxsft.cli import call
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.errors import UsageError
 from mlxsft.models.source import open_model
 from tests.tiny import write_llama
 from tests.training.test_run import PAIRS, train, write_recipe
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and a run on it that learned ten answers by heart."""
-    folder = tmp_path_factory.mktemp("tuned")
-    model = write_llama(folder / "model")
-    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "model.embed_tokens"]
-    recipe = write_recipe(
-        folder, model, adapter={"rank": 32, "alpha": 128, "targets": everything},
-        train={"epochs": 120, "batch_size": 4, "learning_rate": 0.005}, save__every=1.0,
-    )  # fmt: skip
-    assert train(recipe, folder / "run") == 0
-    return model, folder / "run"
 
 
 def test_generate_writes_the_trained_answer_alone_and_stops_by_itself(
@@ -115,104 +100,70 @@ def test_an_adapter_of_another_base_is_refused_with_the_tensors(
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
-def loaded(tuned: tuple[Path, Path]) -> tuple[Chat, io.StringIO, io.StringIO]:
-    from mlxsft.chat.load import load_for_chat
-
-    backend, renderer = load_for_chat(str(tuned[0]), tuned[1], revision=None, template=None, backend_name="mlx")
-    out, notes = io.StringIO(), io.StringIO()
-    return Chat(backend, renderer, sampling=Sampling(), max_tokens=40, out=out, notes=notes), out, notes
-
-
-def test_a_turn_computes_only_what_is_new_and_answers_as_if_all_were_computed(tuned: tuple[Path, Path]) -> None:
-    chat, out, _ = loaded(tuned)
-    questions = ["Who are you?", "Who made you?", "bye"]
-    answers = [chat.say(q) for q in questions]
-    assert answers[0].text == "I am Pip."
-    assert answers[0].reused_tokens == 0
-    for before, now in pairwise(answers):
-        assert now.reused_tokens >= before.prompt_tokens + before.tokens  # the end token was computed as well
-    turns = [t for t in chat.turns if t is not chat.turns[-1]]
-    fresh = Answer()
-    "".join(stream_answer(chat.backend, chat.renderer, turns, Sampling(), 40, answer=fresh))
-    assert (fresh.text, fresh.reused_tokens) == (answers[-1].text, 0)
-    assert out.getvalue().splitlines() == [a.text for a in answers]
+@pytest.fixture
+def loaded(tuned: tuple[Path, Path]) -> Loaded:
+    """The model, its adapter answering."""
+    both = load_for_chat(str(tuned[0]), {"tuned": tuned[1]}, revision=None, template=None, backend_name="mlx")
+    both.backend.use("tuned")
+    return both
 
 
-def test_a_cache_that_disagrees_with_the_prompt_is_cut_back_to_where_they_agree(tuned: tuple[Path, Path]) -> None:
-    chat, _, _ = loaded(tuned)
-    memory = Memory(chat.backend)
+def test_a_cache_that_disagrees_with_the_prompt_is_cut_back_to_where_they_agree(loaded: Loaded) -> None:
+    backend, renderer = loaded.backend, loaded.renderers["tuned"]
+    memory = Memory(backend)
     ask = [Turn("user", "Who are you?")]
-    first = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory))
+    first = "".join(stream_answer(backend, renderer, ask, Sampling(), 40, memory=memory))
     again = Answer()
-    second = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=again))
+    second = "".join(stream_answer(backend, renderer, ask, Sampling(), 40, memory=memory, answer=again))
     assert first == second
     assert again.reused_tokens == again.prompt_tokens - 1  # the last token is computed anew, to predict from it
 
 
-def test_an_interrupted_answer_leaves_a_cache_that_answers_as_a_fresh_one(tuned: tuple[Path, Path]) -> None:
-    chat, _, _ = loaded(tuned)
+def test_an_interrupted_answer_leaves_a_cache_that_answers_as_a_fresh_one(loaded: Loaded) -> None:
+    backend, renderer = loaded.backend, loaded.renderers["tuned"]
     ask = [Turn("user", "Can you help me today? " * 6)]
-    fresh = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40))
-    memory = Memory(chat.backend)
+    fresh = "".join(stream_answer(backend, renderer, ask, Sampling(), 40))
+    memory = Memory(backend)
     caught = 0
     for trial in range(12):
         signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.004 * trial)
         before = signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
-            "".join(stream_answer(chat.backend, chat.renderer, [Turn("user", "hello")], Sampling(), 40, memory=memory))
+            "".join(stream_answer(backend, renderer, [Turn("user", "hello")], Sampling(), 40, memory=memory))
         except KeyboardInterrupt:
             caught += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        again = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory))
+        again = "".join(stream_answer(backend, renderer, ask, Sampling(), 40, memory=memory))
         assert again == fresh
     assert caught
 
 
-def test_a_stop_between_tokens_keeps_the_cache(tuned: tuple[Path, Path]) -> None:
-    chat, _, _ = loaded(tuned)
-    memory, answer, calls = Memory(chat.backend), Answer(), iter([False, True])
+def test_a_stop_between_tokens_keeps_the_cache(loaded: Loaded) -> None:
+    backend, renderer = loaded.backend, loaded.renderers["tuned"]
+    memory, answer, calls = Memory(backend), Answer(), iter([False, True])
     ask = [Turn("user", "hello")]
     "".join(
-        stream_answer(
-            chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=answer, stop=lambda: next(calls)
-        )
+        stream_answer(backend, renderer, ask, Sampling(), 40, memory=memory, answer=answer, stop=lambda: next(calls))
     )
     assert (answer.finish, answer.tokens) == ("stopped", 2)
     again = Answer()
-    text = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 40, memory=memory, answer=again))
+    text = "".join(stream_answer(backend, renderer, ask, Sampling(), 40, memory=memory, answer=again))
     assert text == "Hello! How can I help you today?"
     assert again.reused_tokens == again.prompt_tokens - 1
 
 
 def test_chat_through_a_pipe_writes_only_the_answers(tuned: tuple[Path, Path]) -> None:
-    command = [sys.executable, "-m", "mlxsft", "chat", str(tuned[0]), "--adapter", str(tuned[1])]
+    arguments = ["chat", str(tuned[0]), "--adapter", str(tuned[1])]
+    program = (
+        f"import sys, mlxsft.cli as c; code = c.call({arguments}); sys.exit(code or 'prompt_toolkit' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
     lines = "Who are you?\n\n/tokens\n/nonsense\n/clear\nWho made you?\n/bye\nnot reached\n"
     ran = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
     assert ran.stdout == "I am Pip.\nTom made me.\n"
     assert "no such command" in ran.stderr
-
-
-def test_one_letter_is_a_message(tuned: tuple[Path, Path]) -> None:
-    chat, _, _ = loaded(tuned)
-    chat.run(["q\n", "r\n", "h\n"])
-    assert [t.content for t in chat.turns if t.role == "user"] == ["q", "r", "h"]
-
-
-def test_clear_and_system_begin_anew(tuned: tuple[Path, Path]) -> None:
-    chat, _, _ = loaded(tuned)
-    chat.run(["/system Be kind.", "hello", "/clear"])
-    assert chat.turns == [Turn("system", "Be kind.")]
-    chat.run(["/system"])
-    assert chat.turns == []
-
-
-def test_a_message_that_does_not_fit_is_refused_and_the_conversation_goes_on(tuned: tuple[Path, Path]) -> None:
-    chat, out, notes = loaded(tuned)
-    chat.run(["hello " * 600, "Who are you?"])
-    assert "512" in notes.getvalue()
-    assert out.getvalue() == "I am Pip.\n"
 
 
 # --- end tokens and interoperability ---------------------------------------------------------------------------------
@@ -243,9 +194,11 @@ def test_the_template_of_training_is_the_template_of_chat(tmp_path: Path) -> Non
     model = write_llama(tmp_path / "m", chat_template=None, eos="<|endoftext|>")
     recipe = write_recipe(tmp_path, model, data__template="alpaca", train__steps=1)
     assert train(recipe, tmp_path / "run") == 0
-    from mlxsft.chat.load import load_for_chat
 
-    _, renderer = load_for_chat(str(model), tmp_path / "run", revision=None, template=None, backend_name="mlx")
+    run = {"run": tmp_path / "run"}
+    loaded = load_for_chat(str(model), run, revision=None, template=None, backend_name="mlx")
+    assert loaded.renderers[None].template.name == "plain"
+    renderer = loaded.renderers["run"]
     assert renderer.template.name == "alpaca"
     text = renderer.tokenizer.hf.decode(renderer.prompt([Turn("user", "hi")]))
     assert text == "### Instruction:\nhi\n\n### Response:\n"
@@ -258,3 +211,30 @@ def test_a_backend_is_loaded_without_an_adapter_too(tuned: tuple[Path, Path]) ->
     total, trainable = backend.parameters()
     assert total > 0
     assert trainable == 0
+
+
+def test_what_a_cache_holds_of_one_adapter_is_not_used_for_another(loaded: Loaded) -> None:
+    backend, renderer = loaded.backend, loaded.renderers["tuned"]
+    ask = [Turn("user", "Who are you?")]
+    memory, answers = Memory(backend), []
+    for name in ("tuned", None, "tuned"):
+        backend.use(name)
+        answer = Answer()
+        "".join(stream_answer(backend, renderer, ask, Sampling(), 9, memory=memory, answer=answer))
+        fresh = "".join(stream_answer(backend, renderer, ask, Sampling(), 9))
+        answers.append(answer)
+        assert (answer.text, answer.reused_tokens) == (fresh, 0)
+    assert answers[0].text == answers[2].text == "I am Pip." != answers[1].text
+
+
+def test_adapters_are_called_by_their_folders_or_as_one_likes(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    given = [str(tmp_path / "runs" / "mine"), "kind=other/mine", str(tmp_path / "a=b")]
+    assert named_adapters(given) == {
+        "mine": tmp_path / "runs" / "mine",
+        "kind": Path("other/mine"),
+        "a=b": tmp_path / "a=b",
+    }
+    for wrong in (["x/mine", "y/mine"], ["name="], ["=folder"]):
+        with pytest.raises(UsageError):
+            named_adapters(wrong)
