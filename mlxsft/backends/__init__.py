@@ -75,10 +75,11 @@ class Sampling:
 
 
 class Backend(Protocol):
-    """A checkpoint in memory, frozen, with at most one adapter that can be trained."""
+    """A checkpoint in memory, frozen, with at most one adapter that can be trained, or several that answer in turn."""
 
     name: str  # mlx | torch
     device: str  # cpu | gpu
+    in_use: str | None  # the name of the adapter that answers; None: the base, or an adapter without a name
     notes: list[str]  # what the person should know, as sentences
     ranks: Ranks  # what `apply` adds up the gradient over; Alone() unless replaced
 
@@ -96,8 +97,20 @@ class Backend(Protocol):
         Raises InputRefused with every missing, unexpected and wrongly shaped tensor.
         """
 
+    def add_adapter(self, name: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        """Keep a saved adapter in memory under a name, beside others of any kind, rank and layers; `use` chooses it.
+
+        Who answers stays as it is, also where this raises as `attach_saved` does. Not for a model that is trained.
+        """
+
+    def use(self, name: str | None) -> None:
+        """Answer with this adapter from now on, or as the base; nothing is read or computed.
+
+        What a cache holds was computed with the adapter that was in use then: it is of no use to another one.
+        """
+
     def adapter_config(self) -> dict[str, Any]:
-        """The adapter as mlx-lm's adapter_config.json describes it."""
+        """The adapter that is in use, as mlx-lm's adapter_config.json describes it."""
 
     # ---- training
 

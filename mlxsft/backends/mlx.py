@@ -32,7 +32,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
+from mlxsft.backends.mlx_adapters import Change, MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
@@ -87,6 +87,8 @@ class MlxBackend:
         self.model.freeze()
         self.model.eval()
         self._adapter = MlxAdapter(self.model, {})  # none yet
+        self.in_use: str | None = None
+        self._added: dict[str, tuple[MlxAdapter, Change]] = {}
         self._keys = RandomKeys()
         self._cores = Cores(self.device)
         self._by_layer = False  # whether the gradient is made layer by layer
@@ -99,6 +101,30 @@ class MlxBackend:
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
+
+    def add_adapter(self, name: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        before = self.in_use
+        self.use(None)
+        self.model.freeze()  # of a full fine-tune that was added earlier
+        change = Change(self.model)
+        try:
+            adapter = MlxAdapter.saved(self.model, config, tensors, self._keys)
+            mx.eval(self.model.parameters())
+            self._added[name] = adapter, change
+        finally:
+            change.take_out()
+            self.use(before)
+
+    def use(self, name: str | None) -> None:
+        if name == self.in_use:
+            return
+        adapter, change = self._added[name] if name is not None else (MlxAdapter(nn.Module(), {}), None)
+        if self.in_use is not None:
+            self._added[self.in_use][1].take_out()
+        if change is not None:
+            change.put_in()
+        self.model.eval()
+        self._adapter, self.in_use, self._loss_of = adapter, name, None
 
     def adapter_config(self) -> dict[str, Any]:
         return self._adapter.config

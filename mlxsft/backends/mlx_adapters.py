@@ -142,6 +142,42 @@ class MlxAdapter:
         }
 
 
+class Change:
+    """What an adapter changes in a model: modules by path and numbers by name, to be taken out and put in again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Of a model that the adapter is not in yet."""
+        self._model = model
+        self._modules, self._numbers = self._found()
+        self._changed: tuple[dict[str, nn.Module], dict[str, mx.array]] | None = None
+
+    def take_out(self) -> None:
+        """Let the model be as it was; the first time, with all that was changed since this was made."""
+        if self._changed is None:
+            modules, numbers = self._found()
+            self._changed = _others(self._modules, modules), _others(self._numbers, numbers)
+            self._modules = {path: self._modules[path] for path in self._changed[0]}
+            self._numbers = {name: self._numbers[name] for name in self._changed[1]}
+        self._place(self._modules, self._numbers)
+
+    def put_in(self) -> None:
+        """Let the model be as it is with the adapter."""
+        if self._changed is not None:
+            self._place(*self._changed)
+
+    def _found(self) -> tuple[dict[str, nn.Module], dict[str, mx.array]]:
+        return dict(self._model.named_modules()), dict(tree_flatten(self._model.parameters()))
+
+    def _place(self, modules: Mapping[str, nn.Module], numbers: Mapping[str, mx.array]) -> None:
+        self._model.update_modules(tree_unflatten(list(modules.items())))
+        self._model.update(tree_unflatten(list(numbers.items())))
+
+
+def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What is another one than before under the same name."""
+    return {name: value for name, value in now.items() if name in before and before[name] is not value}
+
+
 def add_layers(
     model: nn.Module, kind: str, layers: int, parameters: dict[str, Any], keys: RandomKeys
 ) -> dict[str, Any]:

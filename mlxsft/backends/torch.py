@@ -21,7 +21,7 @@ from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.packing import why_different
-from mlxsft.backends.torch_adapters import TorchAdapter, low_rank_layers
+from mlxsft.backends.torch_adapters import Change, TorchAdapter, low_rank_layers
 from mlxsft.backends.torch_generation import Sampler
 from mlxsft.backends.torch_loss import Loss, pieces
 from mlxsft.backends.torch_models import LOADING_ERRORS, decoder_layers, load_checkpoint, parameter_count
@@ -53,6 +53,8 @@ class TorchBackend:
         self.model, self.notes = load_checkpoint(source)
         self._base_parameters = parameter_count(self.model)
         self._adapter = TorchAdapter(self.model, {})  # none yet
+        self.in_use: str | None = None
+        self._added: dict[str, tuple[TorchAdapter, Change]] = {}
         self._keys = RandomKeys()
         self._loss_of: Loss | None = None
         self._released = 0  # of the lowest layers
@@ -67,6 +69,27 @@ class TorchBackend:
 
     def attach_saved(self, config: Mapping[str, Any], tensors: Tensors) -> None:
         self._adapter = TorchAdapter.saved(self.model, config, tensors, self._keys)
+
+    def add_adapter(self, name: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        before = self.in_use
+        self.use(None)
+        self.model.requires_grad_(False)  # of a full fine-tune that was added earlier
+        change = Change(self.model)
+        try:
+            self._added[name] = TorchAdapter.saved(self.model, config, tensors, self._keys), change
+        finally:
+            change.take_out()
+            self.use(before)
+
+    def use(self, name: str | None) -> None:
+        if name == self.in_use:
+            return
+        adapter, change = self._added[name] if name is not None else (TorchAdapter(nn.Module(), {}), None)
+        if self.in_use is not None:
+            self._added[self.in_use][1].take_out()
+        if change is not None:
+            change.put_in()
+        self._adapter, self.in_use = adapter, name
 
     def adapter_config(self) -> dict[str, Any]:
         return self._adapter.config

@@ -91,6 +91,9 @@ class TorchAdapter:
         if kind == "full":
             refuse_mismatch("the adapter", _own_shapes(model), tensors, whole=False)
             _unfreeze(model, set(tensors))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.clone()  # others may hold the base's
             adapter = cls(model, {key: config[key] for key in ("fine_tune_type", "num_layers") if key in config})
         else:
             try:
@@ -167,6 +170,44 @@ class TorchAdapter:
         return whole.narrow(axis, 0, whole.shape[axis] // 2)
 
 
+class Change:
+    """What an adapter changes in a model: modules and numbers by path, to be taken out and put in again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Of a model that the adapter is not in yet."""
+        self._model = model
+        self._modules, self._numbers = self._found()
+        self._changed: tuple[dict[str, nn.Module], dict[str, torch.Tensor]] | None = None
+
+    def take_out(self) -> None:
+        """Let the model be as it was; the first time, with all that was changed since this was made."""
+        if self._changed is None:
+            modules, numbers = self._found()
+            self._changed = (
+                {p: m for p, m in modules.items() if p in self._modules and self._modules[p] is not m},
+                {p: t for p, t in numbers.items() if p in self._numbers and not self._numbers[p].is_set_to(t)},
+            )
+            self._modules = {path: self._modules[path] for path in self._changed[0]}
+            self._numbers = {path: self._numbers[path] for path in self._changed[1]}
+        self._place(self._modules, self._numbers)
+
+    def put_in(self) -> None:
+        """Let the model be as it is with the adapter."""
+        if self._changed is not None:
+            self._place(*self._changed)
+
+    def _found(self) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+        numbers = {path: parameter.data for path, parameter in self._model.named_parameters()}
+        return dict(self._model.named_modules()), numbers
+
+    def _place(self, modules: Mapping[str, nn.Module], numbers: Mapping[str, torch.Tensor]) -> None:
+        for path, module in modules.items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(self._model.get_submodule(parent), leaf, module)
+        for path, numbers_of in numbers.items():
+            self._model.get_parameter(path).data = numbers_of
+
+
 def add_layers(
     model: nn.Module, kind: str, layers: int, parameters: dict[str, Any], keys: RandomKeys
 ) -> dict[str, Any]:
@@ -222,6 +263,8 @@ def _adapt_tied_head(model: nn.Module) -> None:
         return
 
     def adapted(head: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+        if model.get_input_embeddings() is not layer:  # the adapter is taken out
+            return logits
         a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
         x = layer.lora_dropout[NAME](inputs[0])
         return logits + layer.scaling[NAME] * ((x @ b) @ a)

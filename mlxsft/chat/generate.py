@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from mlxsft.backends import Backend, Sampling
@@ -33,17 +33,19 @@ class Memory:
     """The key-value cache of one conversation, and the tokens that it stands for."""
 
     backend: Backend
-    tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.cache = self.backend.new_cache()
+        self.forget()
 
     def forget(self) -> None:
-        """Begin with an empty cache."""
-        self.cache, self.tokens = self.backend.new_cache(), []
+        """Begin with an empty cache, of the adapter in use."""
+        self.cache, self._adapter = self.backend.new_cache(), self.backend.in_use
+        self.tokens: list[int] = []
 
     def rest_of(self, prompt: Sequence[int]) -> list[int]:
         """The tokens of a prompt that must still be computed; what the cache holds beyond the prompt is forgotten."""
+        if self._adapter != self.backend.in_use:
+            self.forget()  # another adapter computes other keys and values
         shared = 0
         # At least one token is computed, because the next one is predicted from it.
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:

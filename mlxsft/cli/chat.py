@@ -38,11 +38,12 @@ def chat(
     from mlxsft.chat.session import Chat, typed_lines
     from mlxsft.terminal import told
 
-    loaded, renderer = load_for_chat(
-        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
-    )
+    adapters = {} if adapter is None else {"adapter": adapter}
+    loaded = load_for_chat(model, adapters, revision=revision, template=template, backend_name=backend, progress=told)
+    loaded.backend.use(next(iter(adapters), None))
+    renderer = loaded.renderers[loaded.backend.in_use]
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    conversation = Chat(loaded, renderer, sampling=sampling, max_tokens=max_tokens, system=system)
+    conversation = Chat(loaded.backend, renderer, sampling=sampling, max_tokens=max_tokens, system=system)
     if sys.stdin.isatty():
         click.echo("Talk to the model; /help shows the commands, /bye leaves.", err=True)
         conversation.run(typed_lines(lambda: input("> ")))

@@ -81,13 +81,14 @@ def generate(
     asked = prompt if prompt is not None else sys.stdin.read()
     if not asked.strip():
         raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
-    loaded, renderer = load_for_chat(
-        model, adapter, revision=revision, template=template, backend_name=backend, progress=told
-    )
+    adapters = {} if adapter is None else {"adapter": adapter}
+    loaded = load_for_chat(model, adapters, revision=revision, template=template, backend_name=backend, progress=told)
+    loaded.backend.use(next(iter(adapters), None))
+    renderer = loaded.renderers[loaded.backend.in_use]
     turns = [*([Turn("system", system)] if system else []), Turn("user", asked)]
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     answer = Answer()
-    for text in stream_answer(loaded, renderer, turns, sampling, max_tokens, answer=answer):
+    for text in stream_answer(loaded.backend, renderer, turns, sampling, max_tokens, answer=answer):
         if not as_json:
             click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
             sys.stdout.flush()

@@ -14,10 +14,12 @@ import pytest
 
 from mlxsft.backends import Sampling, load_backend
 from mlxsft.chat.generate import Answer, Memory, stream_answer
+from mlxsft.chat.load import load_for_chat, named_adapters
 from mlxsft.chat.session import Chat
 from mlxsft.cli import call
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.errors import UsageError
 from mlxsft.models.source import open_model
 from tests.tiny import write_llama
 from tests.training.test_run import PAIRS, train, write_recipe
@@ -116,11 +118,15 @@ def test_an_adapter_of_another_base_is_refused_with_the_tensors(
 
 
 def loaded(tuned: tuple[Path, Path]) -> tuple[Chat, io.StringIO, io.StringIO]:
-    from mlxsft.chat.load import load_for_chat
 
-    backend, renderer = load_for_chat(str(tuned[0]), tuned[1], revision=None, template=None, backend_name="mlx")
+    both = load_for_chat(str(tuned[0]), {"tuned": tuned[1]}, revision=None, template=None, backend_name="mlx")
+    both.backend.use("tuned")
     out, notes = io.StringIO(), io.StringIO()
-    return Chat(backend, renderer, sampling=Sampling(), max_tokens=40, out=out, notes=notes), out, notes
+    return (
+        Chat(both.backend, both.renderers["tuned"], sampling=Sampling(), max_tokens=40, out=out, notes=notes),
+        out,
+        notes,
+    )
 
 
 def test_a_turn_computes_only_what_is_new_and_answers_as_if_all_were_computed(tuned: tuple[Path, Path]) -> None:
@@ -243,9 +249,11 @@ def test_the_template_of_training_is_the_template_of_chat(tmp_path: Path) -> Non
     model = write_llama(tmp_path / "m", chat_template=None, eos="<|endoftext|>")
     recipe = write_recipe(tmp_path, model, data__template="alpaca", train__steps=1)
     assert train(recipe, tmp_path / "run") == 0
-    from mlxsft.chat.load import load_for_chat
 
-    _, renderer = load_for_chat(str(model), tmp_path / "run", revision=None, template=None, backend_name="mlx")
+    run = {"run": tmp_path / "run"}
+    loaded = load_for_chat(str(model), run, revision=None, template=None, backend_name="mlx")
+    assert loaded.renderers[None].template.name == "plain"
+    renderer = loaded.renderers["run"]
     assert renderer.template.name == "alpaca"
     text = renderer.tokenizer.hf.decode(renderer.prompt([Turn("user", "hi")]))
     assert text == "### Instruction:\nhi\n\n### Response:\n"
@@ -258,3 +266,30 @@ def test_a_backend_is_loaded_without_an_adapter_too(tuned: tuple[Path, Path]) ->
     total, trainable = backend.parameters()
     assert total > 0
     assert trainable == 0
+
+
+def test_what_a_cache_holds_of_one_adapter_is_not_used_for_another(tuned: tuple[Path, Path]) -> None:
+    chat, _, _ = loaded(tuned)
+    ask = [Turn("user", "Who are you?")]
+    memory, answers = Memory(chat.backend), []
+    for name in ("tuned", None, "tuned"):
+        chat.backend.use(name)
+        answer = Answer()
+        "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 9, memory=memory, answer=answer))
+        fresh = "".join(stream_answer(chat.backend, chat.renderer, ask, Sampling(), 9))
+        answers.append(answer)
+        assert (answer.text, answer.reused_tokens) == (fresh, 0)
+    assert answers[0].text == answers[2].text == "I am Pip." != answers[1].text
+
+
+def test_adapters_are_called_by_their_folders_or_as_one_likes(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    given = [str(tmp_path / "runs" / "mine"), "kind=other/mine", str(tmp_path / "a=b")]
+    assert named_adapters(given) == {
+        "mine": tmp_path / "runs" / "mine",
+        "kind": Path("other/mine"),
+        "a=b": tmp_path / "a=b",
+    }
+    for wrong in (["x/mine", "y/mine"], ["name="], ["=folder"]):
+        with pytest.raises(UsageError):
+            named_adapters(wrong)
