@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
+Watch = Callable[[int, NDArray[np.float32]], None]  # a token, and the log-probabilities [V] it was chosen from, in nats
 
 # How a launcher tells a process its rank: mlx.launch and `mlxsft train --ranks`, Open MPI, other MPIs.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -155,10 +156,17 @@ class Backend(Protocol):
     def trim(self, cache: Any, tokens: int) -> bool:
         """Forget the last tokens of a cache; False where this model's cache cannot, and must then be thrown away."""
 
-    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+    def read(self, tokens: list[int], cache: Any) -> None:
+        """Put tokens (at least one) into the cache, the beginning of a prompt that `stream` then goes on with."""
+
+    def stream(
+        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+    ) -> Generator[int, None, None]:
         """Token ids that follow the cache and `tokens` (at least one), without end; the caller closes it.
 
         Whenever a token has been yielded, the cache holds the prompt and every token yielded, that one included.
+        `watch` is told of each token before it is yielded; the log-probabilities are those after the repetition
+        penalty, before temperature and filters.
         """
 
     # ---- state

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Alone, Ranks, Sampling, Tensors
+from mlxsft.backends import Alone, Ranks, Sampling, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
 from mlxsft.backends.initial_values import seed_of, token_keys
@@ -278,7 +278,14 @@ class MlxBackend:
     def trim(self, cache: Any, tokens: int) -> bool:
         return tokens == 0 or mlx_lm("models.cache").trim_prompt_cache(cache, tokens) == tokens
 
-    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+    def read(self, tokens: list[int], cache: Any) -> None:
+        self._train_mode(False)
+        self.model(mx.array(tokens)[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+
+    def stream(
+        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+    ) -> Generator[int, None, None]:
         self._train_mode(False)
         processors = mlx_lm("sample_utils").make_logits_processors(repetition_penalty=sampling.repetition_penalty)
         # generate_step computes the step after a token before it yields the token, so the cache holds it by then.
@@ -290,7 +297,9 @@ class MlxBackend:
             logits_processors=processors,
             prompt_cache=cache,
         )
-        for token, _ in steps:
+        for token, logprobs in steps:
+            if watch is not None:
+                watch(int(token), np.array(logprobs.astype(mx.float32)))
             yield int(token)
 
     # ---- state

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache
 
-from mlxsft.backends import Alone, Ranks, Sampling, Tensors
+from mlxsft.backends import Alone, Ranks, Sampling, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
@@ -212,13 +212,22 @@ class TorchBackend:
             cache.crop(-tokens)
         return True
 
-    def stream(self, tokens: list[int], sampling: Sampling, cache: Any) -> Generator[int, None, None]:
+    def read(self, tokens: list[int], cache: Any) -> None:
+        self._restore()
+        self._next(tokens, cache)
+
+    def stream(
+        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+    ) -> Generator[int, None, None]:
         self._restore()
         sampler = Sampler(sampling, tokens)
         for start in range(0, len(tokens), PREFILL):
             logits = self._next(tokens[start : start + PREFILL], cache)
         while True:
+            logits = sampler.penalized(logits)
             token = sampler(logits)
+            if watch is not None:
+                watch(token, torch.log_softmax(logits, dim=-1).numpy())
             logits = self._next([token], cache)  # before the token is yielded, so that the cache holds it by then
             yield token
 

@@ -10,7 +10,7 @@ PENALIZED = 20  # tokens, the last of prompt and answer
 
 
 class Sampler:
-    """Logits [V] to a token id, with random numbers of its own."""
+    """Penalized logits [V] to a token id, with random numbers of its own."""
 
     def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
         self._sampling, self._said = sampling, list(prompt)
@@ -21,15 +21,15 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
-        sampling = self._sampling
-        if sampling.repetition_penalty is not None:
-            logits = self._penalized(logits, sampling.repetition_penalty)
-        token = int(logits.argmax()) if sampling.temperature == 0 else self._drawn(torch.log_softmax(logits, dim=-1))
+        greedy = self._sampling.temperature == 0
+        token = int(logits.argmax()) if greedy else self._drawn(torch.log_softmax(logits, dim=-1))
         self._said.append(token)
         return token
 
-    def _penalized(self, logits: torch.Tensor, penalty: float) -> torch.Tensor:
+    def penalized(self, logits: torch.Tensor) -> torch.Tensor:
         """Positive logits of what was said divided, negative ones multiplied: https://arxiv.org/abs/1909.05858."""
+        if (penalty := self._sampling.repetition_penalty) is None:
+            return logits
         said = torch.tensor(self._said[-PENALIZED:])
         values = logits[said]
         return logits.index_put((said,), torch.where(values < 0, values * penalty, values / penalty))

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from mlxsft.backends import Backend, Sampling
+from mlxsft.backends import Backend, Sampling, Watch
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer
 from mlxsft.errors import InputRefused
 
-__all__ = ["Answer", "Memory", "Sampling", "answer_text", "stream_answer"]
+__all__ = [
+    "Answer",
+    "Ending",
+    "Memory",
+    "Sampling",
+    "answer_text",
+    "continue_prompt",
+    "room_for_answer",
+    "stream_answer",
+]
+
+READ = 512  # tokens of a prompt that are computed at once; between two such parts an answer can be stopped
 
 
 @dataclass
@@ -75,17 +87,57 @@ def stream_answer(
     only what differs from the conversation so far is computed. Raises InputRefused where the
     template refuses, or when the prompt leaves no position for an answer.
     """
-    memory = memory or Memory(backend)
-    answer = answer or Answer()
-    began = time.perf_counter()
     prompt = renderer.prompt(turns)
-    max_tokens = min(max_tokens, _room(prompt, renderer.positions, max_tokens))
+    steps = continue_prompt(
+        backend,
+        renderer,
+        prompt,
+        sampling,
+        min(max_tokens, room_for_answer(prompt, renderer.positions, max_tokens)),
+        memory=memory or Memory(backend),
+        answer=answer or Answer(),
+        opening=renderer.opening,
+        stop=stop,
+    )
+    with closing(steps):
+        yield from filter(None, steps)
+
+
+def continue_prompt(
+    backend: Backend,
+    renderer: Renderer,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    memory: Memory,
+    answer: Answer,
+    opening: str = "",
+    stops: Sequence[str] = (),
+    special: bool = False,
+    watch: Watch | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Generator[str, None, None]:
+    """What follows the tokens of a prompt, step by step: a step is at most READ tokens of the prompt, or a token.
+
+    A step that completes no text yields an empty one. `opening` is left out at the beginning; `stops` end the answer
+    before the first of them; `special` spells special tokens out; `watch` is for `Backend.stream`.
+    """
+    began = time.perf_counter()
     rest = memory.rest_of(prompt)
     answer.prompt_tokens, answer.reused_tokens = len(prompt), len(prompt) - len(rest)
-    text = renderer.tokenizer.stream()
-    opening = renderer.opening  # what stands before the text of an answer, as for instance a space
-    stream = backend.stream(rest, sampling, memory.cache)
+    stream: Generator[int, None, None] | None = None
+    text, end = renderer.tokenizer.stream(special=special), Ending(stops)
     try:
+        while len(rest) >= 2 * READ:  # the rest of it is enough for a repetition penalty to look back on
+            backend.read(rest[:READ], memory.cache)
+            memory.tokens += rest[:READ]
+            rest = rest[READ:]
+            yield ""
+            if stop():
+                answer.finish = "stopped"
+                return
+        stream = backend.stream(rest, sampling, memory.cache, watch)
         for token in stream:
             memory.tokens += [*rest, token]
             rest = []
@@ -98,15 +150,19 @@ def stream_answer(
             new = text.push(token)
             if not answer.text:
                 new, opening = _without(opening, new)
-            if new:
-                answer.text += new
-                yield new
-            if answer.tokens >= max_tokens:
+            new = end.push(new)
+            answer.text += new
+            if end.found:
+                answer.finish = "stop"
+            yield new
+            if end.found or answer.tokens >= max_tokens:
                 break
             if stop():
                 answer.finish = "stopped"
                 break
-        if new := _without(opening, text.finish())[0] if not answer.text else text.finish():
+        if not end.found:
+            new = text.finish()
+            new = end.push(new if answer.text else _without(opening, new)[0]) + end.finish()
             answer.text += new
             yield new
     except GeneratorExit:
@@ -115,12 +171,47 @@ def stream_answer(
         memory.forget()  # interrupted in the middle of a layer, nobody knows what is in the cache
         raise
     finally:
-        stream.close()
+        if stream is not None:
+            stream.close()
         answer.seconds = time.perf_counter() - began
 
 
-def _room(prompt: Sequence[int], positions: int | None, wanted: int) -> int:
-    """How many tokens an answer may have."""
+class Ending:
+    """Text that ends before the first of some strings; what may be the beginning of one waits for what follows."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings, self._waiting = tuple(strings), ""
+        self.found = ""  # the string that ended it
+        self.after = ""  # what was pushed behind the place where it ended, the string included
+
+    def push(self, text: str) -> str:
+        """The text that is known to stand before the end."""
+        if self.found:
+            self.after += text
+            return ""
+        known = self._waiting + text
+        places = [(place, -len(s), s) for s in self._strings if (place := known.find(s)) >= 0]
+        if places:
+            place, _, self.found = min(places)
+            self._waiting, self.after = "", known[place:]
+            return known[:place]
+        kept = max((_overlap(known, s) for s in self._strings), default=0)
+        self._waiting = known[len(known) - kept :]
+        return known[: len(known) - kept]
+
+    def finish(self) -> str:
+        """What still waited when nothing more comes."""
+        waiting, self._waiting = self._waiting, ""
+        return waiting
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of a text are the beginning of a string, but not all of it."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+def room_for_answer(prompt: Sequence[int], positions: int | None, wanted: int) -> int:
+    """How many tokens an answer may have. Raises InputRefused where there is no room for any."""
     if positions is None:
         return wanted
     if len(prompt) >= positions:
