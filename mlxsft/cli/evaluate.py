@@ -42,6 +42,13 @@ class _WithMetrics(click.Command):
 @click.option("--ifeval", type=PATH, help="Prompts with constraints in IFEval's layout, instead of the built-in ones.")
 @click.option("--judge", metavar="MODEL", help="A local model says which answer is better, asked in both orders.")
 @click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    metavar="TASK",
+    help="A task of lm-eval, which loads its rows from the Hub.",
+)
+@click.option(
     "--require", "demands", multiple=True, metavar="COMPARISON", help="Exit 6 unless it holds: heldout_loss<0.9*base."
 )
 @click.option("--out", type=PATH, help="A folder for card.json and card.html; by default the run's own.")

@@ -15,6 +15,7 @@ from mlxsft.chat.generate import Answer
 from mlxsft.data.patterns import hidden
 from mlxsft.errors import InputRefused
 from mlxsft.evaluation import diversity, memorized, overlap
+from mlxsft.evaluation.benchmarks import Benchmark
 from mlxsft.evaluation.constraints import follows
 from mlxsft.evaluation.intervals import Estimate, Paired, mean, paired
 from mlxsft.evaluation.measure import Measured, Work
@@ -79,6 +80,7 @@ class Card:
     groups: list[Group] = field(default_factory=list)
     forms: dict[str, tuple[float, float]] = field(default_factory=dict)  # share of sampled answers, before and after
     answers: list[SideBySide] = field(default_factory=list)
+    benchmarks: list[Benchmark] = field(default_factory=list)
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -94,6 +96,7 @@ def read_card(path: Path) -> Card:
         values["metrics"] = {name: Metric(**metric) for name, metric in values["metrics"].items()}
         values["groups"] = [Group(**group) for group in values["groups"]]
         values["answers"] = [SideBySide(**answer) for answer in values["answers"]]
+        values["benchmarks"] = [Benchmark(**found) for found in values["benchmarks"]]
         values["forms"] = {name: (before, after) for name, (before, after) in values["forms"].items()}
         return Card(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from mlxsft.evaluation.card import Card
-from mlxsft.evaluation.card_text import best_of, differences, interval, shown_value, signed
+from mlxsft.evaluation.card_text import best_of, differences, interval, shown_value, sides_of, signed, with_error
 from mlxsft.evaluation.metrics import ALONE, METRICS, SECTIONS, Metric, verdict_of
 from mlxsft.page import document
 
@@ -61,6 +61,8 @@ def page(cards: Sequence[Card]) -> str:
             parts += [_forms(cards)] if section == "narrower" else []
             parts += ["</div>"]
     parts += _groups(cards)
+    for card in cards:
+        parts += _benchmarks(card, named=len(cards) > 1)
     parts += _answers(cards)
     for card in cards:
         parts += [f'<p class="dim">{escape(note)}</p>' for note in card.notes]
@@ -214,6 +216,21 @@ def _share_bar(value: float | None, colour: str) -> str:
         '<div style="height:8px;margin:3px 0;background:var(--line);border-radius:2px">'
         f'<div style="height:8px;border-radius:2px;width:{width:.1f}%;background:{colour}"></div></div>'
     )
+
+
+def _benchmarks(card: Card, *, named: bool) -> list[str]:
+    """lm-eval's tasks, each value with its standard error."""
+    rows = [
+        f"<tr><td>{escape(b.task)}<span>{escape(b.metric)}</span></td>"
+        f'<td class="bar">{_share_bar(b.base, _BASE)}{_share_bar(b.tuned, _colour(0))}</td>'
+        f'<td class="num">{" → ".join(with_error(value, error) for value, error in sides_of(b))}</td></tr>'
+        for b in card.benchmarks
+    ]
+    if not rows:
+        return []
+    whose = f" of {escape(card.run)}" * named
+    table = f'<table class="metrics">{"".join(rows)}</table>'
+    return [f"<h2>Benchmarks (lm-eval){whose}</h2>", f'<div class="card">{table}</div>']
 
 
 def _answers(cards: Sequence[Card]) -> list[str]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlxsft.evaluation.benchmarks import Benchmark
 from mlxsft.evaluation.card import Card, Group
 from mlxsft.evaluation.metrics import ALONE, METRICS, SECTIONS, Metric, verdict_of
 from mlxsft.terminal import printable
@@ -31,6 +32,9 @@ def print_card(card: Card, console: Console) -> None:
         console.print()
     if card.groups:
         console.print(_groups(card.groups))
+        console.print()
+    if card.benchmarks:
+        console.print(_benchmarks(card.benchmarks))
         console.print()
     for note in card.notes:
         console.print(Text.assemble(("note  ", "bold"), printable(note)), soft_wrap=True)
@@ -119,6 +123,24 @@ def _groups(groups: Sequence[Group]) -> Table:
         values = (f"{value:.1%}" for value in (group.base, group.tuned))
         table.add_row(Text(printable(group.name)), printable(group.measure), f"{group.count:,}", *values)
     return table
+
+
+def _benchmarks(found: Sequence[Benchmark]) -> Table:
+    table = _table("Benchmarks (lm-eval)", "metric", "base", "tuned", "change")
+    for b in found:
+        change = signed(f"{b.tuned - b.base:.3f}")
+        table.add_row(Text(printable(b.task)), b.metric, *(with_error(*side) for side in sides_of(b)), change)
+    return table
+
+
+def sides_of(b: Benchmark) -> list[tuple[float, float | None]]:
+    """Value and standard error of both models."""
+    return [(b.base, b.base_error), (b.tuned, b.tuned_error)]
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value with its standard error, where that is known."""
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _asked(card: Card) -> list[tuple[str, str]]:

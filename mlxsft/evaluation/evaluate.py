@@ -17,6 +17,7 @@ from mlxsft.data.hub import address_of
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.evaluation import overlap
+from mlxsft.evaluation.benchmarks import Scores, refuse_without_lm_eval, scores, side_by_side
 from mlxsft.evaluation.card import Card, Findings, verdict, warnings_of
 from mlxsft.evaluation.judge import win_shares
 from mlxsft.evaluation.measure import Observer, Watch, Work, unwatched
@@ -57,10 +58,12 @@ class Settings:
     probe: Path | None = None  # beside the built-in one
     ifeval: Path | None = None  # instead of the built-in prompts
     judge: str | None = None
+    benchmarks: tuple[str, ...] = ()  # tasks of lm-eval
 
     def told(self) -> dict[str, Any]:
         """As a card keeps them: of files the name alone, since their folders are of this machine."""
-        return {name: v.name if isinstance(v, Path) else v for name, v in vars(self).items() if name != "backend"}
+        values = {name: v.name if isinstance(v, Path) else v for name, v in vars(self).items() if name != "backend"}
+        return values | {"benchmarks": list(self.benchmarks) or None}
 
 
 def evaluate(run: Path, settings: Settings, *, tell: Tell = print, watch: Watch = unwatched) -> Card:
@@ -68,6 +71,8 @@ def evaluate(run: Path, settings: Settings, *, tell: Tell = print, watch: Watch 
     when it was trained, or a file given with the settings cannot be taken, UsageError where the run has no adapter.
     """
     folder = RunFolder(run)
+    if settings.benchmarks:
+        refuse_without_lm_eval()
     if not is_run(run):
         raise InputRefused(f"{run}: there is no run in this folder", "`mlxsft runs FOLDER` lists those below a folder.")
     recipe, lock = load_recipe(folder.recipe), folder.read_lock()
@@ -106,9 +111,11 @@ class _Evaluation:
             self._renderer, work, self.recipe.train.micro_batch_tokens, settings.max_tokens, settings.seed, self.watch
         )
         backend.use(None)
+        benchmarks_before = self._benchmarks()  # first, since it may ask for what cannot be had
         base = observer.measure(backend, "base")
         backend.use(TUNED)
         tuned = observer.measure(backend, "tuned")
+        benchmarks_after = self._benchmarks()
         notes += [note for note in backend.notes if note not in notes]
         wins = self._judged(work, base.answers["heldout"], tuned.answers["heldout"]) if settings.judge else None
         texts = partial(training_texts, self.recipe.data)
@@ -132,6 +139,7 @@ class _Evaluation:
             groups=findings.groups(),
             forms=findings.forms(),
             answers=findings.answers(),
+            benchmarks=side_by_side(benchmarks_before, benchmarks_after),
         )
 
     @property
@@ -198,6 +206,14 @@ class _Evaluation:
     @property
     def _options(self) -> dict[str, int]:
         return {"count": self.settings.rows, "samples": self.settings.samples, "seed": self.settings.seed}
+
+    def _benchmarks(self) -> Scores:
+        """What lm-eval says of the model that answers now."""
+        tasks, settings = self.settings.benchmarks, self.settings
+        if not tasks:
+            return {}
+        backend, renderer = self.loaded.backend, self._renderer
+        return scores(backend, renderer, tasks, limit=settings.rows, seed=settings.seed, watch=self.watch)
 
     def _judged(self, work: Work, base: Sequence[Answer], tuned: Sequence[Answer]) -> list[float]:
         """What the judge says of the held-out answers."""

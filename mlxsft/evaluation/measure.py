@@ -101,15 +101,9 @@ class Observer:
         return Measured(losses, answers, self._answers(backend, self.work.sampled, drawn, f"{name}: sampled answers"))
 
     def _losses(self, backend: Backend, rows: Sequence[Sequence[Example]], what: str) -> Losses:
-        examples = [replace(e, trunk=None) for row in rows for e in row]
-        row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        groups = micro_batches(np.arange(len(examples)), [len(e.tokens) for e in examples], self.micro_batch_tokens)
-        nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
-        for group in self.watch(groups, what, len(groups)):
-            batch = stack([examples[i] for i in group], limit=self.renderer.positions)
-            np.add.at(nats, row_of[group], backend.losses(batch).sum(axis=1, dtype=np.float64))
-            np.add.at(tokens, row_of[group], batch.mask.sum(axis=1))
-        return Losses(nats, tokens)
+        return row_losses(
+            backend, rows, self.micro_batch_tokens, self.renderer.positions, lambda g: self.watch(g, what, len(g))
+        )
 
     def _answers(self, backend: Backend, asked: Sequence[Asked], sampling: Sampling, what: str) -> list[Answer]:
         answers = []
@@ -125,3 +119,22 @@ class Observer:
                 deque(steps, maxlen=0)
             answers.append(answer)
         return answers
+
+
+def row_losses(
+    backend: Backend,
+    rows: Sequence[Sequence[Example]],
+    micro_batch_tokens: int,
+    positions: int | None,
+    watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Losses:
+    """The loss of rows of one example or several; `watch` passes the micro-batches through."""
+    examples = [example for row in rows for example in row]
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    groups = micro_batches(np.arange(len(examples)), [len(e.tokens) for e in examples], micro_batch_tokens)
+    nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    for group in watch(groups):
+        batch = stack([examples[i] for i in group], limit=positions)
+        np.add.at(nats, row_of[group], backend.losses(batch).sum(axis=1, dtype=np.float64))
+        np.add.at(tokens, row_of[group], batch.mask.sum(axis=1))
+    return Losses(nats, tokens)
