@@ -124,14 +124,14 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
     from mlxsft.cli.bytes_bar import bytes_and_steps
     from mlxsft.evaluation.card import JSON_NAME, PAGE_NAME, read_card
     from mlxsft.evaluation.card_page import page
-    from mlxsft.evaluation.evaluate import Settings
+    from mlxsft.evaluation.evaluate import Settings, adapter_hash
     from mlxsft.evaluation.evaluate import evaluate as evaluate_run
     from mlxsft.page import refuse_existing, write_page
     from mlxsft.terminal import told
 
     at = folder / JSON_NAME
     if keep and at.exists() and not force:
-        return read_card(at)
+        return read_card(at, adapter_hash(run))
     for path in (at, folder / PAGE_NAME):
         refuse_existing(path, force)
     with bytes_and_steps("evaluating") as (_, watch):

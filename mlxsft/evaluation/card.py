@@ -19,7 +19,7 @@ from mlxsft.evaluation.benchmarks import Benchmark
 from mlxsft.evaluation.constraints import follows
 from mlxsft.evaluation.intervals import Estimate, Paired, mean, paired
 from mlxsft.evaluation.measure import Measured, Work
-from mlxsft.evaluation.metrics import Metric, verdict_of
+from mlxsft.evaluation.metrics import FEWEST_ROWS, Metric, verdict_of
 from mlxsft.evaluation.rows import Asked
 from mlxsft.evaluation.rules import score
 
@@ -68,6 +68,7 @@ class Card:
     """Everything that an evaluation found. It depends on the run, the settings and the seed, and on no clock."""
 
     run: str
+    adapter: str  # SHA-256 of its tensors
     model: str
     backend: str
     mlxsft: str
@@ -87,8 +88,8 @@ class Card:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_card(path: Path) -> Card:
-    """A card that was written before. Raises InputRefused for what is none."""
+def read_card(path: Path, adapter: str) -> Card:
+    """A card that was written before. Raises InputRefused for what is none, and for a card of another adapter."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != VERSION:
@@ -98,9 +99,12 @@ def read_card(path: Path) -> Card:
         values["answers"] = [SideBySide(**answer) for answer in values["answers"]]
         values["benchmarks"] = [Benchmark(**found) for found in values["benchmarks"]]
         values["forms"] = {name: (before, after) for name, (before, after) in values["forms"].items()}
-        return Card(**values)
+        card = Card(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(f"{path}: this card cannot be read: {error}", "--force makes it anew.") from error
+    if card.adapter != adapter:
+        raise InputRefused(f"{path}: this card is of another adapter than the run has now", "--force makes it anew.")
+    return card
 
 
 @dataclass(frozen=True)
@@ -382,11 +386,13 @@ def verdict(metrics: Mapping[str, Metric], warnings: Sequence[str]) -> str:
     loss = metrics.get("heldout_loss")
     if loss is None or loss.base is None:
         found = "Nothing was held out, so that nothing says whether it became better"
+    elif loss.count < FEWEST_ROWS:
+        found = f"{loss.count} held-out rows are too few to tell: {loss.base:.3f} → {loss.tuned:.3f} nats a token"
     else:
         how = {"better": "Better", "worse": "Worse"}.get(verdict_of("heldout_loss", loss), "Not measurably different")
         found = f"{how} on held-out rows: {loss.base:.3f} → {loss.tuned:.3f} nats a token"
-        if (won := metrics.get("win_rate")) is not None:
-            found += f", {won.tuned:.0%} of the answers won"
+    if (won := metrics.get("win_rate")) is not None:
+        found += f", {won.tuned:.0%} of the answers won"
     if not warnings:
         return f"{found}. No warning."
     return f"{found}. {len(warnings)} warning{'s' * (len(warnings) > 1)}: {'; '.join(warnings)}."

@@ -33,6 +33,8 @@ from mlxsft.evaluation.rows import (
     training_texts,
 )
 from mlxsft.evaluation.rules import RuleBook, read_rules
+from mlxsft.models.adapter import WEIGHTS
+from mlxsft.models.lock import hash_of
 from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import open_model
 from mlxsft.recipe import Recipe, load_recipe
@@ -127,6 +129,7 @@ class _Evaluation:
         said = verdict(metrics, warnings)
         return Card(
             run=self.run.resolve().name,
+            adapter=adapter_hash(self.run),
             model=self.loaded.source.name,
             backend=f"{backend.name} on {backend.device}",
             mlxsft=__version__,
@@ -228,6 +231,11 @@ class _Evaluation:
             return win_shares(backend, load_renderer(source), asked, base, tuned, watch=self.watch)
         finally:
             backend.close()
+
+
+def adapter_hash(run: Path) -> str:
+    """SHA-256 of the tensors of a run's adapter. Raises InputRefused where there are none."""
+    return hash_of(run / WEIGHTS).sha256
 
 
 def _together(first: RowSet, second: RowSet) -> RowSet:

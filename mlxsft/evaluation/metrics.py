@@ -57,6 +57,9 @@ METRICS: Mapping[str, Kind] = {
     "personal_data": Kind("clean", "answers with personal data or secrets that training rows hold", "lower", ",.0f"),
 }  # fmt: skip
 
+# Fewer rows that all changed to one side happen by chance in more than 5 of 100 cases (sign test: 2 · 2⁻⁶ = 3 %).
+FEWEST_ROWS = 6
+
 ALONE = ("win_rate", "forgetting")  # of the tuned model only: they compare it with the base already
 
 
@@ -95,9 +98,12 @@ class Metric:
 
 
 def verdict_of(name: str, metric: Metric) -> Literal["better", "worse", ""]:
-    """Whether the change lies beyond its interval, or, without one, whether there is any; empty where neither."""
+    """Whether the change lies beyond its interval, or, without one, whether there is any; empty where neither.
+
+    An interval over less than FEWEST_ROWS decides nothing.
+    """
     better = METRICS[name].better
-    if not better or metric.base is None:
+    if not better or metric.base is None or (metric.low is not None and metric.count < FEWEST_ROWS):
         return ""
     low, high = (metric.low, metric.high) if metric.low is not None else (metric.change, metric.change)
     assert low is not None

@@ -300,8 +300,10 @@ def test_several_runs_are_laid_side_by_side(
     assert call([*both, "--json", "--html", str(page)]) == 0
     assert [c["run"] for c in json.loads(capsys.readouterr().out)] == ["run", "short"]
     assert "short" in page.read_text(encoding="utf-8")
-    (tmp_path / "short" / "card.json").write_text("{}")
-    assert call(both) == 3
+    for damaged, said in ((json.dumps(card), "another adapter"), ("{}", "cannot be read")):
+        (tmp_path / "short" / "card.json").write_text(damaged)
+        assert call(both) == 3
+        assert said in capsys.readouterr().err
 
 
 def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:

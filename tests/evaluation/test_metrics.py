@@ -165,6 +165,7 @@ def test_a_change_counts_when_its_interval_does_not_hold_zero() -> None:
     assert verdict_of("heldout_loss", Metric(2.0, 1.9, 9, -0.3, 0.1)) == ""
     assert verdict_of("ends_share", Metric(0.0, 1.0, 9, 0.8, 1.0)) == "better"
     assert verdict_of("length_words", Metric(1.0, 9.0, 9)) == ""
+    assert verdict_of("heldout_loss", Metric(2.0, 1.0, 5, -1.2, -0.8)) == ""  # too few rows for an interval
 
 
 @pytest.mark.parametrize(
@@ -196,4 +197,5 @@ def test_the_verdict_says_better_only_beyond_the_interval() -> None:
     assert verdict(better, []) == "Better on held-out rows: 2.000 → 1.000 nats a token. No warning."
     assert verdict({"heldout_loss": Metric(2.0, 1.9, 9, -0.3, 0.1)}, []).startswith("Not measurably different")
     assert "1 warning: it forgets" in verdict(better, ["it forgets"])
+    assert verdict({"heldout_loss": Metric(2.0, 1.0, 5, -1.2, -0.8)}, []).startswith("5 held-out rows are too few")
     assert verdict({}, []).startswith("Nothing was held out")
