@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlxsft.evaluation.intervals import Paired
+if TYPE_CHECKING:
+    from mlxsft.evaluation.intervals import Paired
 
 SECTIONS: Mapping[str, str] = {
     "better": "Is it better?",

@@ -304,6 +304,8 @@ def test_several_runs_are_laid_side_by_side(
         (tmp_path / "short" / "card.json").write_text(damaged)
         assert call(both) == 3
         assert said in capsys.readouterr().err
+    assert train(tmp_path / "recipe.yaml", tmp_path / "short", "train.steps=1", force=True) == 0
+    assert not (tmp_path / "short" / "card.json").exists()  # it was of the run before
 
 
 def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
