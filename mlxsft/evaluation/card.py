@@ -391,7 +391,7 @@ def verdict(metrics: Mapping[str, Metric], warnings: Sequence[str]) -> str:
     else:
         how = {"better": "Better", "worse": "Worse"}.get(verdict_of("heldout_loss", loss), "Not measurably different")
         found = f"{how} on held-out rows: {loss.base:.3f} → {loss.tuned:.3f} nats a token"
-    if (won := metrics.get("win_rate")) is not None:
+    if (won := metrics.get("win_rate")) is not None and won.count >= FEWEST_ROWS:
         found += f", {won.tuned:.0%} of the answers won"
     if not warnings:
         return f"{found}. No warning."

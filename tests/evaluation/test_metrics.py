@@ -198,4 +198,7 @@ def test_the_verdict_says_better_only_beyond_the_interval() -> None:
     assert verdict({"heldout_loss": Metric(2.0, 1.9, 9, -0.3, 0.1)}, []).startswith("Not measurably different")
     assert "1 warning: it forgets" in verdict(better, ["it forgets"])
     assert verdict({"heldout_loss": Metric(2.0, 1.0, 5, -1.2, -0.8)}, []).startswith("5 held-out rows are too few")
+    won = {"win_rate": Metric(None, 0.75, 8, 0.5, 1.0)}
+    assert "75% of the answers won" in verdict(better | won, [])
+    assert "won" not in verdict(better | {"win_rate": Metric(None, 0.75, 4, 0.5, 1.0)}, [])
     assert verdict({}, []).startswith("Nothing was held out")
