@@ -346,7 +346,8 @@ class MlxBackend:
 
     def close(self) -> None:
         self.model = nn.Module()
-        self._adapter = MlxAdapter(self.model, {})
+        self._adapter, self._loss_of = MlxAdapter(self.model, {}), None
+        self._added.clear()
         give_back()
 
 

@@ -279,6 +279,7 @@ class TorchBackend:
     def close(self) -> None:
         self.model = nn.Module()
         self._adapter, self._loss_of = TorchAdapter(self.model, {}), None
+        self._added.clear()
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class Loaded:
     def add(self, name: str, folder: Path) -> list[str]:
         """Keep an adapter in memory; `backend.use(name)` lets it answer. One of the same name is replaced.
 
-        What could not be checked, as sentences.         Raises InputRefused for an adapter that was trained on other weights, as far as its passport says, or that does
-        not fit.
+        What could not be checked comes back, as sentences. Raises InputRefused for an adapter that was trained on other
+        weights, as far as its passport says, or that does not fit.
         """
         saved = load_adapter(folder)
         notes = check_base(saved.config, self.source, folder)
@@ -64,8 +64,9 @@ def load_for_chat(
     refuse_beyond_memory(source.name, source.weight_bytes)
     renderer = _renderer_of_base(source, template, saved.values())
     loaded = Loaded(load_backend(backend_name, source), source, {None: renderer}, template)
-    for note in notes if progress is not None else ():
-        progress(f"note: {note}")
+    tell = progress or (lambda line: None)
+    for note in notes:
+        tell(f"note: {note}")
     for name, adapter in saved.items():
         loaded.put(name, adapter)
     return loaded

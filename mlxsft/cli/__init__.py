@@ -14,6 +14,7 @@ from mlxsft.cli.chat import chat
 from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
+from mlxsft.cli.evaluate import evaluate
 from mlxsft.cli.export import export, import_
 from mlxsft.cli.fuse import fuse
 from mlxsft.cli.generate import generate
@@ -35,6 +36,7 @@ def app() -> None:
 for command in (
     train,
     runs,
+    evaluate,
     generate,
     chat,
     serve,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Dataset:
     """`train` and `valid` examples, `left_out` rows, and `ledger`: rows by what became of them; `read` is their sum.
 
-    A row counts once in the ledger, however often its source's weight has it in `train`.
+    A row counts once in the ledger, however often its source's weight has it in `train`. `rows` are the same rows
+    before that, those of `train` and those of `valid`.
     """
 
     train: list[Example]
@@ -34,6 +35,7 @@ class Dataset:
     left_out: list[LeftOut]
     ledger: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    rows: Mapping[str, list[RenderedRow]] = field(default_factory=dict)
 
 
 def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
@@ -75,7 +77,8 @@ def load_dataset(data: DataRecipe, renderer: Renderer, *, seed: int) -> Dataset:
     if repeats := sum(row.copies - 1 for row in train):
         notes.append(f"data.train: weights add {repeats} repeated rows to the {len(train)} trained")
     examples = [example for row in train for example in row.repeated()]
-    return Dataset(examples, [example for row in valid for example in row.examples], left_out, ledger, notes)
+    held_out = [example for row in valid for example in row.examples]
+    return Dataset(examples, held_out, left_out, ledger, notes, {"train": train, "valid": valid})
 
 
 def data_hashes(data: DataRecipe) -> dict[str, str]:

@@ -24,23 +24,42 @@ class Match:
 
 def personal_data(text: str) -> Iterator[Match]:
     """E-mail addresses, phone numbers (not toll-free ones), payment cards (Luhn) and IBANs (mod 97)."""
-    if "@" in text:
-        yield from (_hidden("e-mail", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED.search(m[0]))
-    if not _DIGITS.search(text):
-        return
-    yield from (_hidden("phone", m[0]) for m in _PHONE.finditer(text) if _is_phone(m[0]))
-    yield from (_hidden("payment card", m[0]) for m in _CARD.finditer(text) if is_card(m[0]))
-    yield from (_hidden("IBAN", m[0]) for m in _IBAN.finditer(text) if is_iban(m[0]))
+    yield from (_hidden(kind, found) for kind, found in _personal(text))
 
 
 def secrets(text: str) -> Iterator[Match]:
     """Keys and tokens whose issuers gave them a shape of their own, and private keys."""
+    yield from (_hidden(kind, found) for kind, found in _secret(text))
+
+
+def spans(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, the text itself) of all personal data and secrets: to look for elsewhere, never to show."""
+    yield from _personal(text)
+    yield from _secret(text)
+
+
+def hidden(text: str) -> str:
+    """All but the beginning of a span hidden, as it may be shown."""
+    return text[:4].strip() + "…"
+
+
+def _personal(text: str) -> Iterator[tuple[str, str]]:
+    if "@" in text:
+        yield from (("e-mail", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED.search(m[0]))
+    if not _DIGITS.search(text):
+        return
+    yield from (("phone", m[0]) for m in _PHONE.finditer(text) if _is_phone(m[0]))
+    yield from (("payment card", m[0]) for m in _CARD.finditer(text) if is_card(m[0]))
+    yield from (("IBAN", m[0]) for m in _IBAN.finditer(text) if is_iban(m[0]))
+
+
+def _secret(text: str) -> Iterator[tuple[str, str]]:
     if not any(mark in text for mark in _MARKS):  # a search for each is far cheaper than the pattern
         return
     for found in _SECRET.finditer(text):
         kind = str(found.lastgroup).replace("_", " ")
         if not _DOCUMENTED.search(found[0]) and (kind == "private key" or _looks_random(found[0])):
-            yield _hidden(kind, found[0])
+            yield kind, found[0]
 
 
 def is_card(text: str) -> bool:
@@ -72,7 +91,7 @@ def _looks_random(text: str) -> bool:
 
 
 def _hidden(kind: str, text: str) -> Match:
-    return Match(kind, text[:4].strip() + "…")
+    return Match(kind, hidden(text))
 
 
 _EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b")

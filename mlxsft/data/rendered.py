@@ -134,13 +134,13 @@ def _phrased(
             elif copies := source.copies(row, seed=seed):
                 versions = [row] if phrasings is None else phrasings.phrase(row, seed=seed, copies=copies)
                 for i, version in enumerate(versions):
-                    read.append(_Read(_key(row), copies, version is not row, first=i == 0))
+                    read.append(_Read(question_key(row), copies, version is not row, first=i == 0))
                     yield version
             else:
                 left_out.append(LeftOut(row.origin, "left out by weight", f"the weight is {source.weight:g}"))
 
 
-def _key(row: Conversation) -> str:
+def question_key(row: Conversation) -> str:
     """What a row asks: the question decides the side on which it lands, so that none is both trained and tested."""
     asked = next((t.content for t in row.turns if t.role in ("user", "text")), row.turns[0].content)
     return hashlib.blake2b(normalise(asked).encode(), digest_size=16).hexdigest()

@@ -161,7 +161,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left; anything else in the folder stays."""
-        for name in ("recipe.yaml", "lock.json", "events.jsonl", WEIGHTS, CONFIG):
+        for name in ("recipe.yaml", "lock.json", "events.jsonl", "card.json", "card.html", WEIGHTS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoints", "tensorboard", "wandb", "mlflow"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -176,7 +176,9 @@ class RunFolder:
     def read_lock(self) -> dict[str, Any]:
         """What the run began with. Raises InputRefused for a lock.json that cannot be read."""
         try:
-            lock: dict[str, Any] = json.loads(self.lock.read_text(encoding="utf-8"))
+            lock: object = json.loads(self.lock.read_text(encoding="utf-8"))
+            if not isinstance(lock, dict):
+                raise ValueError("no object")
         except (OSError, ValueError) as error:
             raise InputRefused(f"{self.lock}: it cannot be read: {error}", "Begin anew with --force.") from error
         return lock
