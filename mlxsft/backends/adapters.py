@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import listed
+from mlxsft.models.names import layer_of
 
 if TYPE_CHECKING:
     from mlxsft.backends import Tensors
 
 HEADS = ("lm_head", "output", "embed_out", "head")  # how the paths of output matrices end
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def matching(targets: str | tuple[str, ...], inside: set[str], linear: set[str], outside: set[str]) -> set[str]:
@@ -54,8 +53,8 @@ def frozen_layers(trained: Iterable[str], above: tuple[str, ...]) -> int:
     """
     numbers = []
     for name in trained:
-        if match := LAYER.search(name):
-            numbers.append(int(match[1]))
+        if place := layer_of(name):
+            numbers.append(place[0])
         elif not name.startswith(above):
             return 0
     return min(numbers, default=0)

@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from mlxsft.backends.adapters import chosen_layers, rank_axis, refuse_mismatch, refuse_quantized
 from mlxsft.backends.initial_values import initial_lora_a, principal_factors
 from mlxsft.backends.torch_low_rank import without_detours
-from mlxsft.backends.torch_models import decoder_layers, is_tied, mlx_name, outside, own_weights, target_keys
+from mlxsft.backends.torch_models import decoder_layers, is_tied, own_weights, target_keys
 from mlxsft.backends.torch_random import KeyedDropout, RandomKeys
 from mlxsft.errors import InputRefused, UsageError
+from mlxsft.models.names import mlx_name
 
 if TYPE_CHECKING:
     from mlxsft.backends import Tensors
@@ -196,7 +197,11 @@ def _paths(model: nn.Module, layers: int, keys: list[str] | None) -> dict[str, n
     if keys is None:  # mlx-lm's default
         keys = target_keys(model, layers, "all-linear")
     inside = [module for layer in chosen for path, module in layer.named_modules() if path in keys]
-    wanted = {id(module) for module in [*inside, *(m for p, m in outside(model).items() if p in keys)]}
+    beyond = [
+        m for p, m in model.named_modules() if mlx_name(model.config.model_type, p) in keys
+    ]  # by their whole path
+    beyond = [m for m in beyond if m is not model.get_output_embeddings() or not is_tied(model)]
+    wanted = {id(module) for module in [*inside, *beyond]}
     return {path: module for path, module in model.named_modules() if id(module) in wanted}
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from mlxsft.backends.torch_intercept import intercepted
-from mlxsft.backends.torch_models import LOADING_ERRORS, is_tied, mlx_name
+from mlxsft.backends.torch_models import LOADING_ERRORS, is_tied
+from mlxsft.models.names import mlx_name
 
 # Of float32 logits, of which a chunk has two. From 32 MiB on, glibc takes every array from the system anew, its pages
 # not there yet; smaller ones it uses again.

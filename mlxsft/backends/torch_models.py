@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from mlxsft.backends.adapters import matching
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.dequantize import BFLOAT16, as_float32, dequantized_tensors
+from mlxsft.models.names import TURNED, mlx_name, transformers_name
 from mlxsft.models.tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -28,15 +29,9 @@ LOADING_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError),
     *(RuntimeError, OSError, ImportError),
 )
-# Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both.
-RENAMED = {
-    "gpt2": (("transformer.", "model."),),
-    "gpt_neox": (("gpt_neox.layers.", "model.h."), ("gpt_neox.", "model."), ("embed_out", "model.embed_out")),
-}
 # mlx-lm stacks the matrices of all experts; in files of transformers each expert has its own.
 STACKED = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 EXPERT_NAMES = {"mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # of GPT-2: mlx-lm turns these matrices
 
 
 def load_checkpoint(source: ModelSource) -> tuple[nn.Module, list[str]]:
@@ -85,7 +80,7 @@ def read_tensors(source: ModelSource) -> Tensors:
     kind = str(source.config.get("model_type"))
     if kind == "gpt2" and any(name.startswith("model.h.") for name in tensors):  # as mlx-lm saves it
         tensors = {
-            transformers_name(kind, name): tensor.T.contiguous() if TRANSPOSED.search(name) else tensor
+            transformers_name(kind, name): tensor.T.contiguous() if TURNED.search(name) else tensor
             for name, tensor in tensors.items()
         }
     return {name: part for whole, tensor in tensors.items() for name, part in _experts(kind, whole, tensor)}
@@ -115,22 +110,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def mlx_name(kind: str, path: str) -> str:
-    """What mlx-lm calls the module or tensor that transformers calls `path`, in a model of this model_type."""
-    for theirs, other in RENAMED.get(kind, ()):
-        if path.startswith(theirs):
-            return other + path.removeprefix(theirs)
-    return path
-
-
-def transformers_name(kind: str, path: str) -> str:
-    """The reverse of `mlx_name`."""
-    for theirs, other in RENAMED.get(kind, ()):
-        if path.startswith(other):
-            return theirs + path.removeprefix(other)
-    return path
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -9,10 +9,10 @@ from typing import Any
 from mlxsft.backends import Backend, load_backend
 from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.data.template import Template
-from mlxsft.errors import InputRefused
 from mlxsft.models.adapter import load_adapter
+from mlxsft.models.passport import check_base, passport_part
 from mlxsft.models.sizes import refuse_beyond_memory
-from mlxsft.models.source import ModelSource, open_model
+from mlxsft.models.source import open_model
 
 
 def load_for_chat(
@@ -22,7 +22,7 @@ def load_for_chat(
     revision: str | None,
     template: str | None,
     backend_name: str,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Backend, Renderer]:
     """Backend and renderer, ready to answer. An adapter brings its own template, unless another one is named.
 
@@ -30,45 +30,25 @@ def load_for_chat(
     for a model that is larger than the memory of this machine.
     """
     saved = load_adapter(adapter) if adapter is not None else None
-    base = _base_of(saved.config) if saved is not None else {}
+    base = passport_part(saved.config, "base") if saved is not None else {}
     if revision is None and base.get("name") == model and isinstance(base.get("commit"), str):
         revision = base["commit"]  # the adapter belongs to this commit, wherever the branch is by now
     source = open_model(model, revision=revision, progress=progress)
     refuse_beyond_memory(source.name, source.weight_bytes)
-    if saved is not None:
-        _refuse_other_base(source, base, adapter)
+    notes = check_base(saved.config, source, adapter) if saved is not None and adapter is not None else []
     trained_with = _template_of(saved.config) if saved is not None else None
     renderer = load_renderer(source, template if template is not None else trained_with)
     backend = load_backend(backend_name, source)
     if saved is not None:
         backend.attach_saved(saved.config, saved.tensors)
+        for note in notes:
+            progress(f"note: {note}")
     return backend, renderer
-
-
-def _base_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's passport says of its base; empty where it has none, as adapters made elsewhere."""
-    passport = config.get("mlxsft")
-    base = passport.get("base") if isinstance(passport, dict) else None
-    return base if isinstance(base, dict) else {}
-
-
-def _refuse_other_base(source: ModelSource, base: Mapping[str, Any], adapter: Path | None) -> None:
-    """Raises InputRefused where the weights are not those that the adapter was trained on."""
-    known = base.get("sha256")
-    if not isinstance(known, dict):
-        return
-    trained_on = {str(sha) for file, sha in known.items() if str(file).endswith(".safetensors")}
-    if trained_on and trained_on != {source.hash_of(file) for file in source.files}:
-        raise InputRefused(
-            f"{adapter}: this adapter was trained on other weights ({base.get('name')}) than those of {source.name}",
-            "Give the model that it was trained on.",
-        )
 
 
 def _template_of(config: Mapping[str, Any]) -> Template | None:
     """The chat template in an adapter's passport; None where it has none, as adapters made elsewhere."""
-    passport = config.get("mlxsft")
-    template = passport.get("template") if isinstance(passport, dict) else None
-    if isinstance(template, dict) and isinstance(template.get("name"), str) and isinstance(template.get("text"), str):
+    template = passport_part(config, "template")
+    if isinstance(template.get("name"), str) and isinstance(template.get("text"), str):
         return Template(template["name"], template["text"])
     return None

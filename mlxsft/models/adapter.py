@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from mlxsft.errors import Diverged, InputRefused, OutOfResources, UsageError
 from mlxsft.models.checks import read_json, refuse_links
 from mlxsft.models.headers import header_of
+from mlxsft.models.names import layer_of
+from mlxsft.models.shards import WIDTHS, Layout, header_bytes
 from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.terminal import one_line
 
@@ -61,8 +63,8 @@ def save_adapter(folder: Path, tensors: Mapping[str, NDArray[Any]], config: Mapp
 def load_adapter(folder: Path) -> Adapter:
     """The adapter of a run, of one of its checkpoints or of any folder in mlx-lm's layout, as float32."""
     _refuse_other_layouts(folder)
-    config = _read_config(folder)
     tensors = _read_tensors(folder)
+    config = _modern(_read_config(folder), tensors)
     if problems := [*_config_problems(config), *_tensor_problems(config, tensors)]:
         raise InputRefused(listed(f"{folder}: this adapter cannot be used:", problems))
     return Adapter(config, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)})
@@ -121,7 +123,7 @@ def _refuse_other_layouts(folder: Path) -> None:
         if (folder / peft).is_file():
             raise InputRefused(
                 f"{folder}: this is a PEFT adapter ({peft}), not one in mlx-lm's layout",
-                f"Convert it first; mlxsft reads {WEIGHTS} with {CONFIG}.",
+                "`mlxsft import PEFT_DIR OUT` turns it into one.",
             )
     if (folder / "config.json").is_file():
         raise InputRefused(f"{folder}: this is a whole model, not an adapter", "Give it as the model.")
@@ -146,6 +148,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return read_json(place / CONFIG)
 
 
+def _modern(config: dict[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
+    """The config as mlx-lm writes it today.
+
+    Until the end of 2024 it wrote `lora_layers` for `num_layers`, `use_dora` for `fine_tune_type`, and for a while the
+    parameters beside them. Without keys mlx-lm tuned what its version of that day thought good, which the names of the
+    tensors tell. A file may have alpha beside scale; mlx-lm applies scale alone.
+    """
+    if "lora_layers" in config and "num_layers" not in config:
+        config = {**config, "num_layers": config["lora_layers"]}
+    if config.get("use_dora") is True and "fine_tune_type" not in config:
+        config = {**config, "fine_tune_type": "dora"}
+    if config.get("fine_tune_type", "lora") == "full":
+        return config
+    beside = {name: config[name] for name in ("rank", "alpha", "scale", "dropout", "keys") if name in config}
+    if "lora_parameters" not in config and beside:
+        config = {**config, "lora_parameters": beside}
+    parameters = config.get("lora_parameters")
+    if isinstance(parameters, dict) and parameters.get("keys") is None:
+        config = {**config, "lora_parameters": {**parameters, "keys": keys_of(tensors)}}
+    return config
+
+
+def keys_of(tensors: Iterable[str]) -> list[str]:
+    """mlx-lm's keys for the modules of these tensors: the path within its layer, else the whole path."""
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    places = [(module, layer_of(module)) for module in modules]
+    return sorted({place[1] if place else module for module, place in places})
+
+
 @contextmanager
 def _named_after(folder: Path) -> Iterator[None]:
     """Refusals that begin with a file, beginning with its folder."""
@@ -163,25 +194,25 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if kind == "full":
         return
     layers = config.get("num_layers")
-    if not isinstance(layers, int) or not _is_number(layers) or layers < -1:  # -1 stands for all
+    if not isinstance(layers, int) or not is_number(layers) or layers < -1:  # -1 stands for all
         yield f"{CONFIG}: num_layers is {layers!r}, expected a whole number"
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         yield f"{CONFIG}: lora_parameters is {parameters!r}, expected an object with rank and scale"
         return
-    if not _is_number(parameters.get("rank"), whole=True) or parameters["rank"] < 1:
+    if not is_number(parameters.get("rank"), whole=True) or parameters["rank"] < 1:
         yield f"{CONFIG}: lora_parameters.rank is {parameters.get('rank')!r}, expected a whole number from 1"
-    if not _is_number(parameters.get("scale")):  # a file may have alpha beside it; mlx-lm applies scale alone
+    if not is_number(parameters.get("scale")):  # a file may have alpha beside it; mlx-lm applies scale alone
         yield f"{CONFIG}: lora_parameters.scale is {parameters.get('scale')!r}, expected a number"
     dropout = parameters.get("dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
+    if not is_number(dropout) or not 0 <= dropout < 1:
         yield f"{CONFIG}: lora_parameters.dropout is {dropout!r}, expected a number from 0 to below 1"
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         yield f"{CONFIG}: lora_parameters.keys is {keys!r}, expected a list of module names"
 
 
-def _is_number(value: object, whole: bool = False) -> bool:
+def is_number(value: object, whole: bool = False) -> bool:
     """Whether a JSON value is a finite number (true and false are not)."""
     if isinstance(value, float):
         return not whole and math.isfinite(value)
@@ -190,28 +221,60 @@ def _is_number(value: object, whole: bool = False) -> bool:
 
 def _read_tensors(folder: Path) -> dict[str, NDArray[np.float32] | str]:
     """{name: float32 array} of the weights; where the dtype is no float, its name stands for the array."""
-    from safetensors import deserialize
-
-    path = folder / WEIGHTS
     with _named_after(folder):
         refuse_links(folder.resolve(), [WEIGHTS])
-        _, header = header_of(path)
+        stored = read_safetensors(folder / WEIGHTS)
+    return {name: float32_of(tensor) for name, tensor in stored.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors file has it."""
+
+    dtype: str  # the format's own names: F32, BF16, ...
+    shape: tuple[int, ...]
+    data: bytes  # little-endian
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """{name: tensor} of a file, by name. Raises InputRefused for an invalid or an empty one."""
+    from safetensors import deserialize
+
+    _, header = header_of(path)
     refuse_beyond_memory(str(path), path.stat().st_size)
     entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # its stub has no types
     if not header:
-        raise InputRefused(f"{path}: holds no tensor")
+        raise InputRefused(f"{path.name}: holds no tensor")
     found = sorted(entries, key=lambda entry: str(entry[0]))
-    return {name: _as_float32(e["dtype"], e["shape"], e["data"]) for name, e in found}
+    return {name: StoredTensor(e["dtype"], tuple(e["shape"]), bytes(e["data"])) for name, e in found}
 
 
-def _as_float32(dtype: str, shape: list[int], data: bytes) -> NDArray[np.float32] | str:
-    """The little-endian bytes of a float tensor as float32; the dtype's name where it is no float."""
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    if dtype not in FLOATS:
-        return dtype
+def float32_of(tensor: StoredTensor) -> NDArray[np.float32] | str:
+    """A float tensor as float32; the dtype's name where it is no float."""
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        halves = np.frombuffer(tensor.data, "<u2").astype(np.uint32)
+        return (halves << 16).view(np.float32).reshape(tensor.shape)
+    if tensor.dtype not in FLOATS:
+        return tensor.dtype
     with np.errstate(over="ignore"):  # what float32 cannot hold is named among the infinite ones
-        return np.frombuffer(data, FLOATS[dtype]).astype(np.float32).reshape(shape)
+        return np.frombuffer(tensor.data, FLOATS[tensor.dtype]).astype(np.float32).reshape(tensor.shape)
+
+
+def stored(array: NDArray[np.float32], dtype: str) -> StoredTensor:
+    """The reverse of `float32_of`, where the type can hold the values."""
+    if dtype == "BF16":
+        data = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype("<u2").tobytes()
+    else:
+        with np.errstate(over="ignore"):
+            data = array.astype(FLOATS[dtype]).tobytes()
+    return StoredTensor(dtype, array.shape, data)
+
+
+def safetensors_bytes(tensors: Mapping[str, StoredTensor], writer: str) -> bytes:
+    """A file of these tensors, in the order of the safetensors package; `writer` is whose it is, mlx or pt."""
+    order = sorted(tensors, key=lambda name: (-WIDTHS[tensors[name].dtype], name))
+    header = header_bytes({name: Layout(tensors[name].dtype, tensors[name].shape) for name in order}, writer)
+    return b"".join([header, *(tensors[name].data for name in order)])
 
 
 def _tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32] | str]) -> Iterator[str]:

@@ -82,7 +82,7 @@ def write_shards(
     hashes, coming = {}, iter(tensors)
     for file, shard in shards.items():
         with _writing(folder / file, progress) as out:
-            out.write(memoryview(_header(shard)))
+            out.write(memoryview(header_bytes(shard)))
             for name, layout in shard.items():
                 came, data = next(coming)
                 if (came, data.nbytes) != (name, layout.size):
@@ -98,9 +98,9 @@ def write_shards(
     return hashes
 
 
-def _header(shard: Mapping[str, Layout]) -> bytes:
-    """The first bytes of a file that holds these tensors one after the other."""
-    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+def header_bytes(shard: Mapping[str, Layout], writer: str = "mlx") -> bytes:
+    """The first bytes of a file that holds these tensors one after the other; `writer` is whose it is, mlx or pt."""
+    entries: dict[str, object] = {"__metadata__": {"format": writer}}
     offset = 0
     for name, layout in shard.items():
         end = offset + layout.size

@@ -23,6 +23,7 @@ from mlxsft.data.render import Example, Renderer, load_renderer
 from mlxsft.data.sources import pin_recipe
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import refuse_non_finite
+from mlxsft.models.passport import base_facts, without_folders
 from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe import Recipe, dump_recipe
@@ -206,7 +207,7 @@ class Ready:
 
     def _config(self) -> dict[str, Any]:
         """What adapter_config.json says."""
-        return {**self.backend.adapter_config(), "mlxsft": passport(self.renderer, self.lock)}
+        return {**self.backend.adapter_config(), "mlxsft": passport(self.source, self.renderer, self.recipe, self.lock)}
 
     def _answer(self, prompt: str) -> str:
         turns = [Turn("user", prompt)]
@@ -315,13 +316,15 @@ def _lock(recipe: Recipe, source: ModelSource, renderer: Renderer, commits: Mapp
     }
 
 
-def passport(renderer: Renderer, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter says about itself: what it was made on, and the template that its answers expect."""
+def passport(source: ModelSource, renderer: Renderer, recipe: Recipe, lock: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says about itself: what it was made on and how, and the template that its answers expect."""
     template = renderer.template
     return {
         "version": __version__,
-        "base": lock["base"],
+        **base_facts(source),
         "data": {Path(file).name: sha256 for file, sha256 in lock["data"].items()},  # no paths of this machine
         "template": {"name": template.name, "text": template.text, "sha256": template.sha256},
         "end_tokens": sorted(renderer.end_tokens),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
+        "versions": lock["versions"],
     }

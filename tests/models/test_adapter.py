@@ -92,7 +92,8 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_an_adapter_made_elsewhere_with_alpha_and_scale(real: Path) -> None:
     adapter = load_adapter(real / "adapters" / "mlx-qwen2.5-0.5b-identity")
     assert len(adapter.tensors) == 16
-    assert adapter.config["lora_parameters"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "scale": 10.0}
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]  # of the tensors: the file has none
+    assert adapter.config["lora_parameters"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "scale": 10.0, "keys": keys}
     assert adapter.tensors["model.layers.20.self_attn.q_proj.lora_a"].shape == (896, 8)
 
 

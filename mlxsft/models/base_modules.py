@@ -1,0 +1,62 @@
+"""The matrices of a checkpoint that an adapter can be put beside, told from its headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxsft.models.checks import EMBEDDINGS
+from mlxsft.models.names import TURNED, mlx_name
+from mlxsft.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear module, [outputs, inputs], or an embedding, [tokens, width]."""
+
+    rows: int
+    columns: int
+
+
+def base_matrices(source: ModelSource) -> dict[str, Matrix]:
+    """{mlx-lm's path: size} of every matrix, as many columns as before where it is quantized; experts are left out."""
+    kind = str(source.config.get("model_type"))
+    found = {}
+    for name, info in source.tensors.items():
+        path = name.removesuffix(".weight")
+        if path == name or len(info.shape) != 2 or ".experts." in path:
+            continue
+        rows, columns = info.shape
+        if (scales := source.tensors.get(f"{path}.scales")) is not None:
+            columns = scales.shape[-1] * _group_size(source.config, path)
+        if kind == "gpt2" and not path.startswith(("model.", "transformer.", "lm_head")):
+            path = f"transformer.{path}"  # as OpenAI published it
+        if kind == "gpt2" and TURNED.search(name) and not path.startswith("model."):
+            rows, columns = columns, rows
+        found[mlx_name(kind, path)] = Matrix(rows, columns)
+    if is_tied(source):
+        found.pop("lm_head", None)
+    return found
+
+
+def is_tied(source: ModelSource) -> bool:
+    """Whether the embedding is the output head too."""
+    config = source.config.get("text_config")
+    said = source.config.get(
+        "tie_word_embeddings", config.get("tie_word_embeddings") if isinstance(config, dict) else None
+    )
+    has_head = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in source.tensors)
+    return bool(said) or (said is None and not has_head)
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module of this path turns tokens (or positions) into vectors."""
+    return path.rpartition(".")[2] in {*EMBEDDINGS, "wpe"} - {"lm_head"}
+
+
+def _group_size(config: Mapping[str, Any], path: str) -> int:
+    block = config.get("quantization") or config.get("quantization_config") or {}
+    own = block.get(path) if isinstance(block, dict) else None
+    size = (own if isinstance(own, dict) else block).get("group_size", 64)
+    return size if isinstance(size, int) else 64
