@@ -23,7 +23,7 @@ class LlamaCpp:
             return json.load(response)
 
     def greedy(self, tokens: Sequence[int], count: int, **options: Any) -> list[int]:
-        """The likeliest next tokens, before the first that ends an answer."""
+        """The likeliest next tokens, until one that ends an answer."""
         asked = {"n_predict": count, "temperature": 0, "top_k": 1, "return_tokens": True}
         return list(self._post("/completion", prompt=list(tokens), cache_prompt=False, **asked | options)["tokens"])
 

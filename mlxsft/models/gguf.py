@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ FULL_PRECISION = ("ffn_gate_inp.weight", "position_embd.weight")
 
 Progress = Callable[[int, int], None]  # hears (bytes more, bytes in all)
 Facts = Mapping[str, Any]
+Tune = Callable[[Iterable[tuple[str, NDArray[Any]]]], Iterable[tuple[str, NDArray[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,14 @@ def export_gguf(
     *,
     dtype: str = "f16",
     template: Template | None = None,
+    tune: Tune = lambda tensors: tensors,
     force: bool = False,
     progress: Progress = lambda size, total: None,
 ) -> Exported:
     """Write a verified checkpoint to the file `out`, whole or not at all; matrices as f32, f16, bf16 or q8_0.
 
-    `template` is the chat template that is written in place of the model's own, as an adapter brings it. Raises
+    `template` is the chat template that is written in place of the model's own, and `tune` changes the numbers as they
+    pass, as an adapter does both (`gguf_adapter.Tuned`). Raises
     UsageError where the extra `gguf` is not installed and for an `out` that is there, InputRefused for models that
     llama.cpp would compute otherwise, OutOfResources for want of disk.
     """
@@ -89,10 +92,10 @@ def export_gguf(
     plan = _plan(source, dtype)
     others = dict(rotary_tensors(source.config))
     layouts = {**plan.layouts, **{name: Layout("f32", array.shape) for name, array in others.items()}}
-    with _written(out, facts, layouts, progress) as write:
+    with write_gguf(out, facts, layouts, progress) as write:
         for name, array in others.items():
             write(name, 0, array)
-        for name, array in dequantized_tensors(StoredTensors(source), source.config):
+        for name, array in tune(dequantized_tensors(StoredTensors(source), source.config)):
             for place in plan.places.get(name, ()):
                 write(place.name, place.expert or 0, place.change(array))
     return Exported(out, out.stat().st_size, len(layouts), dtype, family.arch, [*notes, *plan.notes, *tokenizer_notes])
@@ -215,8 +218,8 @@ def _type_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 @contextmanager
-def _written(
-    out: Path, facts: Facts, layouts: Mapping[str, Layout], progress: Progress
+def write_gguf(
+    out: Path, facts: Facts, layouts: Mapping[str, Layout], progress: Progress = lambda size, total: None
 ) -> Iterator[Callable[[str, int, NDArray[Any]], None]]:
     """A function that takes (tensor, piece, numbers) in any order; the file gets its name once all are there."""
     aside = out.with_name(f".{out.name}.partial")

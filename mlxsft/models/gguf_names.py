@@ -73,7 +73,7 @@ class Place:
 
     name: str  # llama.cpp's
     expert: int | None  # which part of a stack of experts it is
-    change: Callable[[Array], Array]  # of its rows, so that it suits the B of a LoRA as well
+    change: Callable[[Array], Array]
 
 
 class Names:
@@ -101,6 +101,10 @@ class Names:
         if known is None:
             raise InputRefused(f"{name}: llama.cpp has no place for it in a model of {self.family.arch}")
         return Place(known, None, self._change(name, known))
+
+    def rows_of(self, place: Place) -> Callable[[Array], Array]:
+        """What is done to the rows of a matrix, and so to the outputs of a LoRA's B."""
+        return _same if place.change is np.transpose else place.change
 
     def _change(self, name: str, known: str) -> Callable[[Array], Array]:
         """What llama.cpp wants to have been done to the numbers."""
@@ -243,7 +247,7 @@ def _window_pattern(own: Json) -> int:
 
 def _rope(own: Json) -> tuple[dict[str, Any], dict[str, Any]]:
     """(how layers that see everything rotate, how those with a window do), in transformers 4's and 5's words alike."""
-    said = own.get("rope_parameters") or {}
+    said: dict[str, Any] = own.get("rope_parameters") or {}
     whole: dict[str, Any] = said.get("full_attention", said)
     old: dict[str, Any] = own.get("rope_scaling") or {}
     merged: dict[str, Any] = {"rope_theta": own.get("rope_theta", 10_000.0), **old, **whole}

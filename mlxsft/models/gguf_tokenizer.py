@@ -199,12 +199,12 @@ def _special(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
 def _chat(tokenizer: Tokenizer, renderer: Renderer | None) -> dict[str, Any]:
     """The chat template, and whether a text begins with the beginning-of-text token.
 
-    Where there is a template, that decides: llama.cpp puts the token before what it renders, and what was trained has
-    it only where the template has it.
+    A template that does not write it decides: llama.cpp would put it before what that renders, and what was trained had
+    none.
     """
     if renderer is None:
         ends = tokenizer.hf.encode("a")[-1:] == [tokenizer.hf.eos_token_id]
         return {"tokenizer.ggml.add_bos_token": tokenizer.begins_with_bos, "tokenizer.ggml.add_eos_token": ends}
-    begins = renderer.prompt([Turn("user", "a")])[:1] == [tokenizer.hf.bos_token_id]
+    begins = tokenizer.begins_with_bos and renderer.prompt([Turn("user", "a")])[:1] == [tokenizer.hf.bos_token_id]
     facts = {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": False}
     return facts | {"tokenizer.chat_template": renderer.template.text}
