@@ -16,6 +16,7 @@ from mlxsft.cli.doctor import doctor
 from mlxsft.cli.export import export, import_
 from mlxsft.cli.generate import generate
 from mlxsft.cli.pull import pull, verify
+from mlxsft.cli.push import push
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.train import train
@@ -29,7 +30,22 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, pull, convert, quantize, verify, export, import_, data, recipes, doctor):
+for command in (
+    train,
+    runs,
+    generate,
+    chat,
+    pull,
+    convert,
+    quantize,
+    verify,
+    export,
+    import_,
+    push,
+    data,
+    recipes,
+    doctor,
+):
     app.add_command(command)
 
 

@@ -102,12 +102,16 @@ def _quality(measured: Sequence[str]) -> list[str]:
 
 
 def _metadata(folder: Path, path: Path) -> dict[str, Any]:
-    """The fields of KEPT that a card has, if they are words; a card that is a link elsewhere is not read."""
+    """As `metadata_of`; a card that is a link elsewhere is not read."""
     roots = [folder.resolve(), checks.blobs(folder)]
     target = path.resolve()
-    if not target.is_file() or not any(root and target.is_relative_to(root) for root in roots):
-        return {}
-    with target.open("rb") as file:
+    inside = target.is_file() and any(root and target.is_relative_to(root) for root in roots)
+    return metadata_of(target) if inside else {}
+
+
+def metadata_of(card: Path) -> dict[str, Any]:
+    """The fields of KEPT that a card has, if they are words."""
+    with card.open("rb") as file:
         found = _FRONT.match(file.read(CARD_BYTES).decode("utf-8", errors="replace"))
     try:
         facts = yaml.safe_load(found[1]) if found else None
