@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -87,7 +88,7 @@ def to_ollama(
     with writing(out / MODELFILE):
         (out / MODELFILE).write_text(text, encoding="utf-8")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in out.resolve().name).lower().strip("-_.") or "model"
-    commands = [f"ollama create {name} -f {out / MODELFILE}", f"ollama run {name}"]
+    commands = [f"ollama create {name} -f {shlex.quote(str(out / MODELFILE))}", f"ollama run {name}"]
     facts = {"kind": "ollama", **done.to_dict(), "out": str(out), "commands": commands}
     return Written(out, "\n".join([summary(done), *commands]), facts, (*subject.notes, *done.notes, *notes))
 

@@ -68,17 +68,17 @@ def modelfile(source: ModelSource, gguf: str, template: Template | None = None) 
         return f"{lines[0]}\n", ["the model has no chat template: Ollama will complete texts, not answer"]
     chosen = template or choose_template(tokenizer, None, source.name)
     pieces = measured(ChatTemplate(tokenizer, chosen))
+    bos = (tokenizer.hf.bos_token if tokenizer.begins_with_bos else None) or ""
     notes = []
     if pieces is None or '"""' in pieces.go() + (pieces.default or ""):
         notes.append("no Go template does what the chat template does, so Ollama takes what it finds in the GGUF file")
     else:
-        bos = tokenizer.hf.bos_token if tokenizer.begins_with_bos else ""
         lines.append(f'TEMPLATE """{without_bos(pieces, bos).go()}"""')
         lines += [f'SYSTEM """{pieces.default}"""'] if pieces.default else []
     renderer = load_renderer(source, chosen)
     ends = [tokenizer.decode([index], special=True) for index in sorted(renderer.end_tokens)]
     written = "".join([pieces.alone, pieces.after_system, pieces.waiting, pieces.between]) if pieces else ""
-    marks = [mark for mark in tokenizer.special_pattern.findall(written) if mark and mark != tokenizer.hf.bos_token]
+    marks = [mark for mark in tokenizer.special_pattern.findall(written) if mark != bos]
     stops = dict.fromkeys(stop for stop in (*ends, *marks) if stop.strip() and '"' not in stop)
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n", notes
 

@@ -204,7 +204,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["smollm", "qwen2.5", "qwen3"])
+@pytest.mark.parametrize("name", ["smollm", "qwen2.5", pytest.param("qwen3", marks=pytest.mark.long)])
 def test_real_tokenizers_cut_the_same(tmp_path: Path, real: Path, name: str) -> None:
     source = open_model(str(write_llama(tmp_path / "model", tokenizer_from=real / "tokenizers" / name, layers=1)))
     done = export_gguf(source, tmp_path / "model.gguf", dtype="f16")

@@ -187,7 +187,7 @@ def test_everything_shown_arrives_in_one_commit(hub: Hub, pushed: Push, run_fold
     [
         ({"HF_HUB_OFFLINE": "1"}, 200, "HF_HUB_OFFLINE is set"),
         ({"HF_TOKEN": "hf_reader"}, 200, "does not let this login write"),
-        ({}, 403, "does not let this login write"),
+        pytest.param({}, 403, "does not let this login write", marks=pytest.mark.long),
     ],
 )
 def test_a_hub_that_takes_nothing_exits_with_7(
