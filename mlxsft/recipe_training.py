@@ -227,7 +227,8 @@ class TrainRecipe(Section):
         default=None,
         ge=0,
         description="Freed memory in GiB that MLX keeps for the next arrays, instead of giving it back to the system. "
-        "null: 1 on the CPU, on Apple's GPU all of the working set that it recommends. PyTorch keeps its own.",
+        "null: none on the CPU of Linux, where the C library keeps it, on Apple's GPU all of the working set that it "
+        "recommends. PyTorch keeps its own.",
     )
 
     @model_validator(mode="before")

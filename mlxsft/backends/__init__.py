@@ -309,9 +309,9 @@ def load_backend(name: str, source: ModelSource) -> Backend:
 def fastest() -> tuple[str, str | None]:
     """The backend that `auto` stands for here, and a sentence that says why where that could surprise.
 
-    MLX on a GPU, and on a CPU with a fast BLAS: there PyTorch makes an update of SmolLM2-135M in 0.85 of its time and a
-    token in 0.74, but takes 1.45 times the memory and a second longer to begin (tests/benchmarks/backends.py). PyTorch
-    where MLX multiplies with its own BLAS, 30 to 70 times slower.
+    MLX on a GPU, and on a CPU with a fast BLAS: there it loads SmolLM2-135M in 0.55 of PyTorch's time, makes an update
+    in 0.97 and a token in 0.89 of it, in 0.74 of the memory (tests/benchmarks/backends.py, two cores). PyTorch where
+    MLX multiplies with its own BLAS, 30 to 70 times slower.
     """
     try:
         require_mlx()

@@ -36,7 +36,7 @@ from mlxsft.backends.mlx_adapters import MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
-from mlxsft.backends.mlx_memory import limit_memory  # noqa: E402
+from mlxsft.backends.mlx_memory import give_back, limit_memory  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
@@ -182,6 +182,7 @@ class MlxBackend:
             make_float32(fresh)
         for layer, again in zip(self.model.layers[: self.trunk_layers()], fresh.layers, strict=False):
             layer.update(again.parameters())
+        give_back()
 
     @property
     def _loss(self) -> Loss:
@@ -302,7 +303,7 @@ class MlxBackend:
     def close(self) -> None:
         self.model = nn.Module()
         self._adapter = MlxAdapter(self.model, {})
-        mx.clear_cache()
+        give_back()
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from mlxsft import __version__
+from mlxsft.cli.adapters import adapters
 from mlxsft.cli.chat import chat
 from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
@@ -41,6 +42,7 @@ for command in (
     verify,
     export,
     import_,
+    adapters,
     push,
     data,
     recipes,

@@ -288,6 +288,7 @@ def _tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np
         return
     parameters = config.get("lora_parameters")
     rank = parameters.get("rank") if isinstance(parameters, dict) else None
+    yield from _key_problems(parameters, tensors)
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         partner = {"lora_a": f"{module}.lora_b", "lora_b": f"{module}.lora_a", "m": f"{module}.lora_a"}.get(leaf)
@@ -299,3 +300,20 @@ def _tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np
             axis = 1 if leaf == "lora_a" else 0 if tensor.ndim == 2 else 2  # three axes: one matrix an expert
             if tensor.ndim not in (2, 3) or tensor.shape[axis] != rank:
                 yield f"{name}: has the shape {tensor.shape}, which is not of rank {rank}"
+
+
+def _key_problems(parameters: object, tensors: Iterable[str]) -> Iterator[str]:
+    """Where the config promises other modules than there are, a line each; how many layers, only the base can tell."""
+    keys = parameters.get("keys") if isinstance(parameters, dict) else None
+    if not isinstance(keys, list):
+        return
+    named: set[str] = set()
+    for module in sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".lora_a", ".lora_b", ".m"))}):
+        place = layer_of(module)
+        names = {module, place[1]} if place else {module}
+        named |= names
+        if names.isdisjoint(keys):
+            yield f"{module}: lora_parameters.keys does not name this module"
+    for key in keys:
+        if key not in named:
+            yield f"{key}: is in lora_parameters.keys, but there are no tensors of it"

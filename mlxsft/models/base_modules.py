@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlxsft.models.checks import EMBEDDINGS
-from mlxsft.models.names import TURNED, mlx_name
+from mlxsft.models.checks import EMBEDDINGS, OTHER_MODALITIES
+from mlxsft.models.names import NESTED, TURNED, mlx_name
 from mlxsft.models.source import ModelSource
+
+NOT_TEXT = re.compile(rf"{OTHER_MODALITIES.pattern}|multi_modal")
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,15 @@ class Matrix:
 
 
 def base_matrices(source: ModelSource) -> dict[str, Matrix]:
-    """{mlx-lm's path: size} of every matrix, as many columns as before where it is quantized; experts are left out."""
+    """{mlx-lm's path: size} of every matrix, as many columns as before where it is quantized.
+
+    Experts, and what is not of the text model, are left out.
+    """
     kind = str(source.config.get("model_type"))
     found = {}
     for name, info in source.tensors.items():
         path = name.removesuffix(".weight")
-        if path == name or len(info.shape) != 2 or ".experts." in path:
+        if path == name or len(info.shape) != 2 or ".experts." in path or NOT_TEXT.search(path):
             continue
         rows, columns = info.shape
         if (scales := source.tensors.get(f"{path}.scales")) is not None:
@@ -34,9 +40,12 @@ def base_matrices(source: ModelSource) -> dict[str, Matrix]:
             path = f"transformer.{path}"  # as OpenAI published it
         if kind == "gpt2" and TURNED.search(name) and not path.startswith("model."):
             rows, columns = columns, rows
-        found[mlx_name(kind, path)] = Matrix(rows, columns)
+        path = mlx_name(kind, path)
+        if kind in NESTED and not path.startswith("language_model."):  # as transformers 4 named it
+            path = f"language_model.{path}"
+        found[path] = Matrix(rows, columns)
     if is_tied(source):
-        found.pop("lm_head", None)
+        found = {path: matrix for path, matrix in found.items() if not path.endswith("lm_head")}
     return found
 
 
@@ -53,6 +62,11 @@ def is_tied(source: ModelSource) -> bool:
 def is_embedding(path: str) -> bool:
     """Whether a module of this path turns tokens (or positions) into vectors."""
     return path.rpartition(".")[2] in {*EMBEDDINGS, "wpe"} - {"lm_head"}
+
+
+def is_token_embedding(path: str) -> bool:
+    """Whether a module of this path turns tokens into vectors."""
+    return is_embedding(path) and not path.endswith("wpe")
 
 
 def _group_size(config: Mapping[str, Any], path: str) -> int:

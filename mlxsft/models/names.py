@@ -6,15 +6,16 @@ import re
 
 # Beginnings of module paths by model_type, as (transformers, mlx-lm); all other models have the same in both. A head
 # comes first, because its name in mlx-lm begins as that of the layers does.
+NESTED = ("gemma3", "mistral3", "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")  # that see, too
 _NESTED = (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"))
 RENAMED = {
     "gpt2": (("transformer.", "model."),),
     "gptj": (("transformer.", "model."),),
     "gpt_neox": (
-        *(("embed_out", "model.embed_out"), ("lm_head", "model.embed_out")),
+        *(("lm_head", "model.embed_out"), ("embed_out", "model.embed_out")),  # the second until transformers 4
         *(("gpt_neox.layers.", "model.h."), ("gpt_neox.", "model.")),
     ),
-    **dict.fromkeys(("gemma3", "mistral3", "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"), _NESTED),
+    **dict.fromkeys(NESTED, _NESTED),
 }
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # GPT-2's matrices, [inputs, outputs] for transformers and turned for mlx-lm.

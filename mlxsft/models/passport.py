@@ -26,15 +26,14 @@ KEY = "mlxsft"
 BESIDE_TOKENIZER = tuple(name for name in BESIDE if name != "hf_quant_config.json")
 
 
-def base_facts(source: ModelSource) -> dict[str, Any]:
-    """The parts of a passport that the base decides."""
+def base_facts(source: ModelSource, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The parts of a passport that the base decides; `hashes` are those of `source`."""
     quantization = source.config.get("quantization") or source.config.get("quantization_config")
-    hashes = source.hashes()
     return {
         "base": {
             "name": without_folders(source.name),
             "commit": source.commit,
-            "sha256": hashes,
+            "sha256": dict(hashes),
             "model_type": source.config.get("model_type"),
             "quantization": quantization,
             "tied": is_tied(source),

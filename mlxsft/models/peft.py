@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlxsft.models.adapter import (
     Adapter,
     StoredTensor,
     float32_of,
+    is_number,
     listed,
     load_adapter,
     read_safetensors,
@@ -34,8 +36,9 @@ from mlxsft.models.adapter import (
     save_adapter,
     stored,
 )
-from mlxsft.models.base_modules import Matrix, base_matrices, is_embedding, is_tied
+from mlxsft.models.base_modules import Matrix, base_matrices, is_embedding, is_tied, is_token_embedding
 from mlxsft.models.checks import read_json, refuse_links
+from mlxsft.models.dequantize import as_float32
 from mlxsft.models.names import RENAMED, layer_of, mlx_name, transformers_name
 from mlxsft.models.passport import passport_part
 from mlxsft.models.peft_config import CONFIG, PeftConfig
@@ -84,7 +87,7 @@ def import_peft(
     source = open_model(model, progress=tell) if model else None
     kind = _model_type(content, given, source)
     adapter, notes = _imported(content, given, kind, source)
-    config = {**adapter.config, "mlxsft": _passport(content, given, kind)}
+    config = _own_config(folder, adapter) or {**adapter.config, "mlxsft": _passport(content, given, kind)}
     with whole_folder(out, force=force, source=folder) as aside:
         save_adapter(aside, adapter.tensors, config)
     parameters = config["lora_parameters"]
@@ -118,11 +121,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         raise InputRefused(f"{folder}: {refusal.message}", refusal.hint) from refusal
 
 
+def _own_config(folder: Path, adapter: Adapter) -> dict[str, Any] | None:
+    """The adapter_config.json of an adapter that `export_peft` wrote and nobody changed since; None for any other."""
+    if not os.path.lexists(folder / OURS):
+        return None
+    refuse_links(folder.resolve(), [OURS])
+    said = read_json(folder / OURS)
+    config = said.get("config")
+    if said.get("sha256") != hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() or not isinstance(
+        config, dict
+    ):
+        return None
+    made, parameters = adapter.config["lora_parameters"], config.get("lora_parameters")
+    same = isinstance(parameters, dict) and parameters.get("rank") == made["rank"]
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    return config if same and is_number(scale) and math.isclose(float(scale or 0.0), made["scale"]) else None
+
+
 def _imported(
     content: Mapping[str, Any], given: Mapping[str, StoredTensor], kind: str, source: ModelSource | None
 ) -> tuple[Adapter, list[str]]:
     """The adapter in mlx-lm's layout, and what the person should know. Raises InputRefused with every problem."""
     modules, others, problems = _modules(given)
+    if source is not None and is_tied(source) and content.get("ensure_weight_tying"):
+        modules = _without_tied_head(modules)
     base = base_matrices(source) if source is not None else None
     known = {transformers_name(kind, path) for path in base or ()}
     config = PeftConfig(content, {*modules, *known})
@@ -175,6 +197,18 @@ def _modules(
     return modules, others, problems
 
 
+def _without_tied_head(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The modules without an output head that has the embedding's matrices, as PEFT saves them together."""
+    embedding = next((module for path, module in modules.items() if is_token_embedding(path)), None)
+    return {
+        path: module
+        for path, module in modules.items()
+        if embedding is None
+        or path != "lm_head"
+        or not (np.array_equal(module.a.T, embedding.b) and np.array_equal(module.b.T, embedding.a))
+    }
+
+
 def _misfits(
     config: PeftConfig, modules: Mapping[str, LowRank], kind: str, base: Mapping[str, Matrix] | None
 ) -> Iterator[str]:
@@ -214,7 +248,7 @@ def _embedding_problems(
     embeddings = [path for path in modules if is_embedding(path)]
     if config.dora and embeddings:
         yield f"{embeddings[0]}: PEFT's DoRA has a length for each column of an embedding, mlx-lm's one for each row"
-    tokens = [path for path in embeddings if not path.endswith("wpe")]
+    tokens = [path for path in embeddings if is_token_embedding(path)]
     together = bool(config.content.get("ensure_weight_tying"))
     if tokens and source is None:
         yield f"{tokens[0]}: whether it is the output head too decides what its adapter does; give --model"
@@ -231,18 +265,19 @@ def _copies_of_base(others: Mapping[str, StoredTensor], source: ModelSource | No
     base = StoredTensors(source) if source is not None else {}
     for name, tensor in others.items():
         path = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        same = path in base and tensor.data == base[path].tobytes()
-        tied = source is not None and is_tied(source) and path == "lm_head.weight"
-        embedding = next((n for n in base if is_embedding(n.removesuffix(".weight"))), None) if tied else None
-        if same or (embedding is not None and tensor.data == base[embedding].tobytes()):
+        if path == "lm_head.weight" and path not in base:  # tied
+            path = next((n for n in base if is_token_embedding(n.removesuffix(".weight"))), path)
+        if path in base and np.array_equal(as_float32(base[path]), float32_of(tensor)):
             notes.append(f"{name}: is the base's own, and is left out")
         elif name.endswith(".bias"):
             problems.append(f"{name}: a trained bias has no place in mlx-lm's layout")
-        elif name.endswith(".weight") and not name.endswith(("lora_A.weight", "lora_B.weight")):
-            hint = "" if source is not None else "; with --model, a copy of the base's own is told and left out"
-            problems.append(
-                f"{name}: whole weights (modules_to_save) have no place beside a LoRA in mlx-lm's layout{hint}"
+        elif name.endswith(".weight") and ".lora_" not in name:
+            what = (
+                "and these differ from the base's"
+                if path in base
+                else "and only with --model can they be told from a plain copy"
             )
+            problems.append(f"{name}: whole weights (modules_to_save) have no place beside a LoRA, {what}")
         else:
             problems.append(f"{name}: is no tensor of a LoRA in PEFT's layout")
     return notes, problems
@@ -389,6 +424,9 @@ def _given_back(adapter: Adapter) -> tuple[dict[str, Any], dict[str, StoredTenso
     if not same or not all(np.array_equal(again.tensors[name], t) for name, t in adapter.tensors.items()):
         return None
     plain = _peft_tensors(parts)
+    if any(name.startswith(f"{PREFIX}lm_head.lora_") and name not in plain for name in record["dtypes"]):  # tied
+        embedding = next(module for path, module in parts.items() if is_token_embedding(path))
+        plain |= _peft_tensors({"lm_head": LowRank(embedding.b.T, embedding.a.T)})
     return dict(config.content), {n: stored(t, str(record["dtypes"].get(n, "F32"))) for n, t in plain.items()}
 
 
@@ -421,7 +459,7 @@ def _made(folder: Path, adapter: Adapter, source: ModelSource | None) -> tuple[d
         "init_lora_weights": True,
         **_targets(named),
     }
-    if tied and any(is_embedding(path) for path in named):
+    if tied and any(is_token_embedding(path) for path in named):
         content["ensure_weight_tying"] = True
     return content, {name: stored(tensor, "F32") for name, tensor in _peft_tensors(named).items()}
 
@@ -436,7 +474,7 @@ def _not_in_peft(adapter: Adapter, modules: Mapping[str, LowRank], kind: str, ti
             yield f"{path}: experts, which PEFT keeps in other matrices"
         elif is_embedding(path) and module.m is not None:
             yield f"{path}: PEFT's DoRA has a length for each column of an embedding, mlx-lm's one for each row"
-        elif is_embedding(path) and not path.endswith("wpe") and tied is None:
+        elif is_token_embedding(path) and tied is None:
             yield f"{path}: whether it is the output head too decides what PEFT is told; give --model"
     if not kind and any(not path.startswith(("model.layers.", "model.embed_tokens", "lm_head")) for path in modules):
         other = next(p for p in modules if not p.startswith(("model.layers.", "model.embed_tokens", "lm_head")))

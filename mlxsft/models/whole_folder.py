@@ -17,7 +17,8 @@ from mlxsft.models.adapter import sync_folder, writing
 def refuse_existing(out: Path, *, force: bool, source: Path | None = None) -> None:
     """Nothing, where a model may be written to `out`. Raises UsageError where it may not.
 
-    With `force` what is there may be replaced, but only a model, and never `source` or a folder around it.
+    With `force` what is there may be replaced, but only a model or an adapter, and never `source` or a folder around
+    it.
     """
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"{out}: is where the source is, which would be lost", "Name another folder.")
@@ -25,8 +26,14 @@ def refuse_existing(out: Path, *, force: bool, source: Path | None = None) -> No
         return
     if not force:
         raise UsageError(f"{out}: is there already", "Name another folder, or give --force to replace it.")
-    if out.is_symlink() or not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
+    if out.is_symlink() or not out.is_dir() or not _is_ours_to_replace(out):
         raise UsageError(f"{out}: is not a folder with a model, and is not replaced", "Name another folder.")
+
+
+def _is_ours_to_replace(out: Path) -> bool:
+    """Whether a folder is empty or holds a model or an adapter, and is no run, of which the adapter is a part."""
+    holds = any((out / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return not any(out.iterdir()) or (holds and not (out / "checkpoints").exists())
 
 
 @contextmanager

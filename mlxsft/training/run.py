@@ -321,7 +321,7 @@ def passport(source: ModelSource, renderer: Renderer, recipe: Recipe, lock: Mapp
     template = renderer.template
     return {
         "version": __version__,
-        **base_facts(source),
+        **base_facts(source, lock["base"]["sha256"]),
         "data": {Path(file).name: sha256 for file, sha256 in lock["data"].items()},  # no paths of this machine
         "template": {"name": template.name, "text": template.text, "sha256": template.sha256},
         "end_tokens": sorted(renderer.end_tokens),

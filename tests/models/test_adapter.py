@@ -126,8 +126,32 @@ def test_other_floats_become_float32(tmp_path: Path, dtype: str, stored: np.ndar
 def test_factors_of_experts_and_dora_are_read(tmp_path: Path) -> None:
     zeros = np.zeros
     tensors = {"e.lora_a": zeros((3, 2, 6)), "e.lora_b": zeros((3, 4, 2)), **pair(), f"{Q}.m": zeros(4)}
-    save_adapter(tmp_path, tensors, {**CONFIG, "fine_tune_type": "dora"})
+    parameters = {**CONFIG["lora_parameters"], "keys": ["e", "self_attn.q_proj"]}
+    save_adapter(tmp_path, tensors, {**CONFIG, "fine_tune_type": "dora", "lora_parameters": parameters})
     assert load_adapter(tmp_path).tensors["e.lora_a"].shape == (3, 2, 6)
+
+
+OLD = {"rank": 2, "alpha": 4, "scale": 10.0, "dropout": 0.05}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_layers": 1, "lora_parameters": OLD},
+        {"lora_layers": 1, "use_dora": False, **OLD},
+        {"num_layers": 1, "fine_tune_type": "lora", "lora_parameters": {**OLD, "keys": None}},
+    ],
+)
+def test_configs_that_mlx_lm_wrote_in_earlier_years(tmp_path: Path, config: dict[str, Any]) -> None:
+    save_adapter(tmp_path, pair(), {"model": "/somewhere", "seed": 0, **config})
+    read = load_adapter(tmp_path).config
+    assert read["num_layers"] == 1
+    assert read["lora_parameters"] == {**OLD, "keys": ["self_attn.q_proj"]}
+
+
+def test_an_early_dora_is_one(tmp_path: Path) -> None:
+    save_adapter(tmp_path, {**pair(), f"{Q}.m": np.ones(4)}, {"lora_layers": 1, "use_dora": True, **OLD})
+    assert load_adapter(tmp_path).config["fine_tune_type"] == "dora"
 
 
 def test_full_weights_need_no_rank(tmp_path: Path) -> None:
@@ -161,7 +185,8 @@ def test_an_adapter_without_tensors_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_every_bad_tensor_is_named_at_once(tmp_path: Path) -> None:
-    save_adapter(tmp_path, pair(), CONFIG)
+    parameters = {**CONFIG["lora_parameters"], "keys": ["a", "b", "c", "d", "e", "z"]}
+    save_adapter(tmp_path, pair(), {**CONFIG, "lora_parameters": parameters})
     tensors: dict[str, np.ndarray] = {
         "a.lora_a": np.full((6, 2), np.nan, np.float32),
         "a.lora_b": np.array([[np.inf, 0], [0, 0]], np.float32),
@@ -172,10 +197,14 @@ def test_every_bad_tensor_is_named_at_once(tmp_path: Path) -> None:
         "e.lora_a": np.zeros((6, 3), np.float32),
         "e.lora_b": np.zeros((3, 4), np.float32),
         "f.weight": np.zeros(3, np.float32),
+        f"{Q}.lora_a": np.zeros((6, 2), np.float32),
+        f"{Q}.lora_b": np.zeros((2, 4), np.float32),
     }
     save_file(tensors, tmp_path / "adapters.safetensors")
     lines = {line.strip() for line in refusal(tmp_path).splitlines()[1:]}
     assert lines == {
+        f"{Q}: lora_parameters.keys does not name this module",
+        "z: is in lora_parameters.keys, but there are no tensors of it",
         "a.lora_a: 12 of 12 values are not finite",
         "a.lora_b: 1 of 4 values are not finite",
         "b.lora_a: is stored as I32, expected F32, F16 or BF16",
