@@ -1,7 +1,8 @@
-"""A small Hub on this machine, from which huggingface_hub itself downloads."""
+"""A small Hub on this machine, from which huggingface_hub itself downloads, and to which it uploads."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -37,6 +38,9 @@ class Hub:
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
     endpoint: str = ""
     status: int = 200  # any other is the answer to everything
+    writer: str = "hf_writer"  # the token that may write
+    private: dict[str, bool] = field(default_factory=dict)  # of repositories that were made here
+    uploads: dict[str, bytes] = field(default_factory=dict)  # large files by SHA-256, before a commit names them
 
     def resolve(self, repo: str, revision: str) -> str | None:
         commits = self.repos[repo]
@@ -66,6 +70,47 @@ class Hub:
             return 200, {}, json.dumps([self.entry(name, data) for name, data in files.items()]).encode()
         siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
         return 200, {}, json.dumps({"id": repo, "sha": commit, "siblings": siblings, "tags": []}).encode()
+
+    def written(self, path: str, token: str | None, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """What a request that changes something is answered."""
+        if self.status != 200:
+            return self.status, {}, b""
+        if token != f"Bearer {self.writer}":
+            return 401, {}, b"{}"
+        if path.startswith("/lfs/"):
+            self.uploads[path.rpartition("/")[2]] = body
+            return 200, {}, b""
+        lines = [json.loads(line) for line in body.splitlines()]
+        return 200, {}, json.dumps(self.reply(path, lines)).encode()
+
+    def reply(self, path: str, lines: list[Any]) -> dict[str, Any]:
+        """Of the Hub's API: https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/_commit_api.py"""
+        asked = lines[0]
+        if path == "/api/repos/create":
+            repo = f"{asked.get('organization', 'me')}/{asked['name']}"
+            self.repos.setdefault(repo, {})
+            self.private[repo] = asked.get("visibility") == "private" or asked.get("private") is True
+            return {"url": f"{self.endpoint}/{repo}", "id": "0", "name": repo}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if path.endswith("/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.endpoint}/lfs/{o['oid']}"}}} for o in asked["objects"]
+            ]
+            return {"transfer": "basic", "objects": objects}
+        if "/preupload/" in path:
+            modes = {
+                f["path"]: "lfs" if f["path"].endswith((".safetensors", ".gguf")) else "regular" for f in asked["files"]
+            }
+            return {"files": [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]}
+        repo, commit = re.sub("^/api/models/|/commit/main$", "", path), FIRST
+        files = {}
+        for line in lines[1:]:
+            value = line["value"]
+            small = line["key"] == "file"
+            files[value["path"]] = base64.b64decode(value["content"]) if small else self.uploads[value["oid"]]
+        self.repos[repo][commit] = files
+        return {"commitUrl": f"{self.endpoint}/{repo}/commit/{commit}", "commitOid": commit, "hookOutput": ""}
 
     def file(self, files: dict[str, bytes], commit: str, name: str) -> tuple[int, dict[str, str], bytes]:
         if name not in files:
@@ -99,6 +144,23 @@ def serving() -> Iterator[Hub]:
             if self.command == "GET":
                 self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            path, token = urlsplit(self.path).path, self.headers.get("Authorization")
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                parts = iter(lambda: self.rfile.read(int(self.rfile.readline(), 16) + 2)[:-2], b"")
+                body = b"".join(parts)
+            else:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            hub.log.append((self.command, path, token))
+            # The address of an upload is secret, and needs no token.
+            status, headers, answer = hub.written(path, f"Bearer {hub.writer}" if "/lfs/" in path else token, body)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_PUT = do_POST  # noqa: N815
         do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
 
         def log_message(self, format: str, *args: object) -> None:

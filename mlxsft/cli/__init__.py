@@ -19,6 +19,7 @@ from mlxsft.cli.export import export, import_
 from mlxsft.cli.fuse import fuse
 from mlxsft.cli.generate import generate
 from mlxsft.cli.pull import pull, verify
+from mlxsft.cli.push import push
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.serve import serve
@@ -48,6 +49,7 @@ for command in (
     export,
     import_,
     adapters,
+    push,
     data,
     recipes,
     doctor,

@@ -113,10 +113,15 @@ def _quality(measured: Sequence[str], reference: str) -> list[str]:
 
 
 def _metadata(folder: Path, path: Path) -> dict[str, Any]:
-    """The fields of KEPT that a card has, if they are words; a card that is a link elsewhere is not read."""
+    """As `metadata_of`; a card that is a link elsewhere is not read."""
     if checks.outside(folder, str(path)) or not path.is_file():
         return {}
-    with path.open("rb") as file:
+    return metadata_of(path)
+
+
+def metadata_of(card: Path) -> dict[str, Any]:
+    """The fields of KEPT that a card has, if they are words."""
+    with card.open("rb") as file:
         found = _FRONT.match(file.read(CARD_BYTES).decode("utf-8", errors="replace"))
     try:
         facts = yaml.safe_load(found[1]) if found else None

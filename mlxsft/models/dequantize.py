@@ -177,6 +177,34 @@ def dequantized_tensors(tensors: Mapping[str, Array], config: Mapping[str, Any])
         yield name, as_float32(array) if array.dtype.kind == "f" or array.dtype == BFLOAT16 else array
 
 
+def dequantized_shapes(
+    stored: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what `dequantized_tensors` gives, in its order, without a number being read.
+
+    `stored` has safetensors' dtype and the shape of each tensor. Raises InputRefused as that does.
+    """
+    dtypes = {"U32": np.uint32, "U8": np.uint8}  # all that decides
+    stand_ins = {n: np.broadcast_to(np.zeros((), dtypes.get(d, np.float32)), shape) for n, (d, shape) in stored.items()}
+    quantization = _quantization(config)
+    packed = {name.removesuffix(".scales") for name in stand_ins if name.endswith(".scales")}
+    packed = {module for module in packed if f"{module}.weight" in stand_ins}
+    parts = {f"{module}.{part}" for module in packed for part in PARTS[1:]}
+    shapes = {}
+    for name, array in stand_ins.items():
+        module = name.removesuffix(".weight")
+        if name in parts:
+            continue
+        shapes[name] = array.shape
+        if name != module and module in packed:
+            scales = stand_ins[f"{module}.scales"]
+            group_size = _settings(quantization, module, array, scales)["group_size"]
+            if type(group_size) is not int:
+                raise InputRefused(f"{module}: quantization with group_size {group_size!r}, expected a number")
+            shapes[name] = (*scales.shape[:-1], scales.shape[-1] * group_size)
+    return shapes
+
+
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """`quantization` of config.json; empty where nothing is quantized."""
     found = config.get("quantization")
