@@ -14,6 +14,7 @@ from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
 from mlxsft.cli.doctor import doctor
 from mlxsft.cli.generate import generate
+from mlxsft.cli.plan import plan
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
@@ -28,7 +29,7 @@ def app() -> None:
     """Instruction-tune a language model on your own laptop, offline, and know that it got better."""
 
 
-for command in (train, runs, generate, chat, pull, convert, quantize, verify, data, recipes, doctor):
+for command in (plan, train, runs, generate, chat, pull, convert, quantize, verify, data, recipes, doctor):
     app.add_command(command)
 
 
