@@ -210,6 +210,12 @@ class Backend(Protocol):
     def peak_bytes(self) -> int:
         """The most memory that arrays took since the model was loaded; on PyTorch, that the process grew by."""
 
+    def memory_bytes(self) -> int:
+        """The memory that this process may take now: what is free, or on a GPU the working set that it recommends."""
+
+    def matmul_rate(self) -> float:
+        """Floating-point operations a second in float32 products of two 1024 by 1024 matrices, measured now."""
+
     def parameters(self) -> tuple[int, int]:
         """(numbers in the model with its adapter, those of them that are trained)."""
 

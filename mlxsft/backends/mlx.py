@@ -37,7 +37,7 @@ from mlxsft.backends.mlx_adapters import Change, MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
-from mlxsft.backends.mlx_memory import give_back, limit_memory  # noqa: E402
+from mlxsft.backends.mlx_memory import give_back, limit_memory, memory_bytes  # noqa: E402
 from mlxsft.backends.mlx_models import (  # noqa: E402
     load_checkpoint,
     make_float32,
@@ -339,6 +339,12 @@ class MlxBackend:
 
     def peak_bytes(self) -> int:
         return int(mx.get_peak_memory())
+
+    def memory_bytes(self) -> int:
+        return memory_bytes()
+
+    def matmul_rate(self) -> float:
+        return matmul_rate()
 
     def parameters(self) -> tuple[int, int]:
         trained = sum(array.size for array in self._trainable().values())

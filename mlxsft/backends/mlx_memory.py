@@ -10,6 +10,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import psutil
+
 from mlxsft.backends.blas import load_blas
 
 load_blas()  # before MLX is imported, which would take its own
@@ -55,6 +57,14 @@ def limit_memory(device: str, cache_gib: float | None = None) -> None:
         _GLIBC.mallopt(_M_MMAP_THRESHOLD, 2**30)  # bytes from which on an array is asked of the system
         _GLIBC.mallopt(_M_TRIM_THRESHOLD, _LARGEST)  # freed bytes that are kept
         _GLIBC.mallopt(_M_ARENA_MAX, 1)  # others hold no more than 64 MiB, and each thread would have one
+
+
+def memory_bytes() -> int:
+    """Bytes that this process may take: Apple's recommended working set, else what it has and what is free."""
+    recommended = limits("gpu", mx.device_info(mx.default_device()), None).memory
+    if recommended is not None and mx.default_device().type == mx.gpu:
+        return recommended
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def give_back() -> None:

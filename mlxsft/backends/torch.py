@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
     from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
 
+RATE_SECONDS = 0.3  # of the products that are timed
 PREFILL = 2048  # tokens of a prompt that are computed at once
 # Tokens of a micro-batch that are trained at once, or one row: more would take memory for their activations.
 AT_ONCE = 768
@@ -271,6 +273,17 @@ class TorchBackend:
 
     def peak_bytes(self) -> int:
         return max(0, peak_resident_bytes() - self._bytes_before)
+
+    def memory_bytes(self) -> int:
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+    def matmul_rate(self) -> float:
+        a = torch.randn((1024, 1024), generator=torch.Generator().manual_seed(0))
+        products, began = 0, time.perf_counter()
+        while (spent := time.perf_counter() - began) < RATE_SECONDS:
+            a @ a
+            products += 1
+        return 2 * 1024**3 * products / spent
 
     def parameters(self) -> tuple[int, int]:
         trained = sum(array.numel() for array in self._adapter.weights.values())

@@ -18,6 +18,7 @@ from mlxsft.cli.evaluate import evaluate
 from mlxsft.cli.export import export, import_
 from mlxsft.cli.fuse import fuse
 from mlxsft.cli.generate import generate
+from mlxsft.cli.plan import plan
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.push import push
 from mlxsft.cli.recipes import recipes
@@ -35,6 +36,7 @@ def app() -> None:
 
 
 for command in (
+    plan,
     train,
     runs,
     evaluate,
