@@ -44,6 +44,16 @@ def refuse_impossible_sizes(config: Mapping[str, Any], tensors: Mapping[str, Ten
             raise InputRefused(f"config.json: {path} is {value}, more than any of the tensors is long")
 
 
+def layer_count(config: Mapping[str, Any]) -> int:
+    """The number of layers of a model, by its config.json; 0 where it does not say."""
+    text_config = config.get("text_config")
+    for place in (text_config if isinstance(text_config, dict) else {}, config):
+        for name in LAYERS:
+            if isinstance(layers := place.get(name), int):
+                return layers
+    return 0
+
+
 def _refuse_no_size(name: str, value: object, least: int) -> None:
     """A list has one for each layer, and may leave some out."""
     if value is None or isinstance(value, list):

@@ -112,11 +112,11 @@ def _same_result(recipe: Recipe, trial: Trial) -> Iterator[Change]:
 
 def _narrower(recipe: Recipe, trial: Trial) -> Iterator[Change]:
     """Changes after which something else is learned."""
-    layers = recipe.adapter.layers
-    if layers == "all" or layers > 8:
+    tuned = trial.layers if recipe.adapter.layers == "all" else recipe.adapter.layers
+    if (fewer := min(8, tuned // 2)) >= 1:
         yield Change(
-            "the adapter in the last 8 layers, what is below computed once",
-            {"adapter.layers": 8, "train.cache_trunk": "auto"},
+            f"the adapter in the last {fewer} layers, what is below computed once",
+            {"adapter.layers": fewer, "train.cache_trunk": "auto"},
             "a smaller adapter",
         )
     if recipe.data.too_long != "error" and (half := trial.longest // 2) >= SMALLEST:

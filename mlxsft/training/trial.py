@@ -56,6 +56,7 @@ class Trial:
     epochs: float
     parameters: int
     trainable_parameters: int
+    layers: int  # of the model
     trunk_layers: int  # whose outputs are kept, 0 where they are computed in every epoch
     peak_bytes: int
     weight_bytes: int  # of the files of the base
@@ -107,7 +108,7 @@ def measure(recipe: Recipe, backend_name: str) -> Trial:
     from mlxsft.backends import load_backend
     from mlxsft.data.dataset import load_dataset
     from mlxsft.data.render import load_renderer
-    from mlxsft.models.sizes import refuse_beyond_memory
+    from mlxsft.models.sizes import layer_count, refuse_beyond_memory
     from mlxsft.models.source import open_model
     from mlxsft.training.packing import packs
 
@@ -122,7 +123,7 @@ def measure(recipe: Recipe, backend_name: str) -> Trial:
     load_seconds = time.perf_counter() - began
     outside = psutil.Process().memory_info().rss - backend.peak_bytes()
     packed, _ = packs(backend, recipe.train, dataset.train, renderer.positions)
-    return _Stopwatch(recipe, backend, dataset, renderer, packed).trial(
+    return _Stopwatch(recipe, backend, dataset, renderer, packed, layer_count(source.config)).trial(
         load_seconds=load_seconds, weight_bytes=source.weight_bytes, process_bytes=max(0, outside)
     )
 
@@ -136,6 +137,7 @@ class _Stopwatch:
     dataset: Dataset
     renderer: Renderer
     packed: bool
+    layers: int
 
     def trial(self, *, load_seconds: float, weight_bytes: int, process_bytes: int) -> Trial:
         rows, valid, plan = self.dataset.train, self.dataset.valid, self._plan
@@ -163,6 +165,7 @@ class _Stopwatch:
             epochs=plan.total_steps / plan.steps_per_epoch,
             parameters=total,
             trainable_parameters=trainable,
+            layers=self.layers,
             trunk_layers=cached,
             eval_seconds=evaluations * (self._valid_seconds() + self._answer_seconds()),
             save_seconds=saves * self._save_seconds(),

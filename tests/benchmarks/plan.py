@@ -1,0 +1,39 @@
+"""A forecast beside the run that it is of.
+
+    python -m tests.benchmarks.plan RECIPE [--backend mlx]
+
+Prints forecast ÷ run: peak of arrays, seconds of updates, seconds from the first update to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from mlxsft.recipe import load_recipe
+from mlxsft.training.plan import forecast
+from tests.training.test_run import events, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--backend", default="mlx")
+    asked = parser.parse_args()
+    trial = forecast(load_recipe(asked.recipe), asked.backend).trial
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        train(asked.recipe, run, backend=asked.backend)
+        steps, end = events(run, "step"), events(run, "end")[0]
+    ratios = {
+        "peak": trial.peak_bytes / max(step["peak_bytes"] for step in steps),
+        "updates": trial.train_seconds / sum(step["seconds"] for step in steps),
+        "seconds": trial.seconds / end["seconds"],
+    }
+    print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A forecast beside the run that it is of; changes that make a run fit; a Mac on paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlxsft.cli import call
+from mlxsft.errors import UsageError
+from mlxsft.recipe import load_recipe
+from mlxsft.training.plan import TERAFLOPS, changes_for, forecast, on_paper, with_settings
+from mlxsft.training.trial import Trial
+from tests.tiny import write_llama
+from tests.training.test_run import events, train, write_recipe
+
+MEMORY_TOLERANCE = 0.15
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def recipe(place: Path) -> Path:
+    """Of a model whose activations take more than its weights."""
+    model = write_llama(place, layers=4)
+    changes = {"train__micro_batch_tokens": 512, "train__epochs": 4, "train__steps": None, "data__valid": 0.2}
+    return write_recipe(place, model, **changes)
+
+
+@pytest.fixture(scope="module")
+def planned(recipe: Path) -> Trial:
+    return forecast(load_recipe(recipe), "mlx").trial
+
+
+def test_the_run_is_as_it_was_told(recipe: Path, planned: Trial, tmp_path: Path) -> None:
+    assert train(recipe, tmp_path / "run") == 0
+    steps, start = events(tmp_path / "run", "step"), events(tmp_path / "run", "start")[0]
+    end = events(tmp_path / "run", "end")[0]
+    assert planned.steps == len(steps)
+    assert planned.trainable_parameters == start["trainable_parameters"]
+    assert planned.parameters == start["parameters"]
+    assert planned.epochs * planned.trained_tokens == pytest.approx(end["trained_tokens"], rel=0.1)
+    first_epoch = [step for step in steps if step["epoch"] <= 1]
+    assert planned.computed_tokens == sum(step["computed_tokens"] for step in first_epoch)
+    peak = max(step["peak_bytes"] for step in steps)
+    assert planned.peak_bytes == pytest.approx(peak, rel=MEMORY_TOLERANCE)
+    assert 0 < planned.train_seconds < planned.seconds
+
+
+def test_each_change_names_settings_that_the_recipe_takes(recipe: Path, planned: Trial) -> None:
+    loaded = load_recipe(recipe)
+    changes = changes_for(loaded, planned)
+    assert {name for change in changes for name in change.settings} >= {
+        "train.micro_batch_tokens",
+        "train.checkpoint_activations",
+    }
+    for change in changes:
+        assert with_settings(loaded, change.settings) != loaded
+
+
+def test_the_recipe_that_fits_is_written_and_fits(
+    recipe: Path, planned: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = (planned.needed_bytes - 200_000) // 1000
+    out = tmp_path / "fits.yaml"
+    assert call(["plan", str(recipe), "--fit", f"{limit}KB", "--out", str(out), "--backend", "mlx", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fit"]["peak_bytes"] < told["forecast"]["peak_bytes"]
+    assert told["fit"]["needed_bytes"] <= limit * 1000
+    chosen = load_recipe(out)
+    for name, value in told["fit"]["settings"].items():
+        section, _, field = name.partition(".")
+        assert getattr(getattr(chosen, section), field) == value
+    assert call(["plan", str(recipe), "--fit", "1GB", "--out", str(out)]) == 2  # never overwritten
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_what_fits_nowhere_is_said(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fits.yaml"
+    settings = ["--set", "train.micro_batch_tokens=1", "--set", "train.checkpoint_activations=true"]
+    settings += ["--set", "data.too_long=error", "--set", "adapter.layers=1"]
+    assert call(["plan", str(recipe), *settings, "--fit", "1MB", "--out", str(out), "--backend", "mlx"]) == 6
+    assert not out.exists()
+    assert "no change that is known here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["", "eight", "-1GB"])
+def test_a_size_that_is_none(recipe: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["plan", str(recipe), "--fit", size or "GB"]) == 2
+    assert "--fit" in capsys.readouterr().err
+
+
+def test_a_mac_on_paper(recipe: Path, planned: Trial) -> None:
+    loaded = load_recipe(recipe)
+    small, large = on_paper("m2-16gb", loaded, planned), on_paper("M2-Max-64GB", loaded, planned)
+    assert small.seconds / large.seconds == pytest.approx(TERAFLOPS["m2-max"] / TERAFLOPS["m2"])
+    assert large.memory_bytes == 48 * 2**30
+    assert small.needed_bytes == large.needed_bytes
+    for name in ("m2", "m9-16gb", "pc-16gb"):
+        with pytest.raises(UsageError, match="no Mac that is known"):
+            on_paper(name, loaded, planned)
