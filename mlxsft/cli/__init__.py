@@ -21,6 +21,7 @@ from mlxsft.cli.generate import generate
 from mlxsft.cli.plan import plan
 from mlxsft.cli.pull import pull, verify
 from mlxsft.cli.push import push
+from mlxsft.cli.quickstart import quickstart
 from mlxsft.cli.recipes import recipes
 from mlxsft.cli.runs import runs
 from mlxsft.cli.serve import serve
@@ -36,6 +37,7 @@ def app() -> None:
 
 
 for command in (
+    quickstart,
     plan,
     train,
     runs,

@@ -253,11 +253,11 @@ def event_line(event: Event) -> str:
 
 def sample_lines(event: Sampled) -> str:
     """Prompt and answer with their line breaks, each cut to what a glance takes in."""
-    prompt, answer = (_glance(text).replace("\n", "\n" + " " * 12) for text in (event.prompt, event.answer))
+    prompt, answer = (glance(text).replace("\n", "\n" + " " * 12) for text in (event.prompt, event.answer))
     return f"sample    step {event.step}: {prompt}\n          → {answer}"
 
 
-def _glance(text: str) -> str:
+def glance(text: str) -> str:
     """The beginning of a text without its empty lines."""
     cut = text if len(text) <= _SAMPLE_WIDTH else f"{text[:_SAMPLE_WIDTH]}…"
     return "\n".join(line for line in printable(cut).split("\n") if line.strip()) or "(nothing)"
