@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -84,3 +86,6 @@ def serve(
             )
         with stop_requested([signal.SIGINT, signal.SIGTERM]):  # uvicorn raises them again when it has ended
             server.run()
+    sys.stdout.flush()
+    # MLX's streams end with the worker's thread and with the process, and where both end at once it aborts (seen once).
+    os._exit(0)

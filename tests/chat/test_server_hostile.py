@@ -323,7 +323,7 @@ def test_fifty_clients_are_all_answered_and_sigterm_lets_the_last_answer_finish(
             chunks += stream
         assert (len(chunks) > 100, chunks[-1].choices[0].finish_reason) == (True, "length")
         _, said = ran.communicate(timeout=60)
-        assert ran.returncode == 0
+        assert ran.returncode == 0, said
         assert "Traceback" not in said
         assert "Finishing the answers in flight" in said
 

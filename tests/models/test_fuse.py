@@ -299,7 +299,7 @@ def test_never_more_than_a_few_tensors_are_in_memory(
     files = [*model.glob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")]
     limit = max(1.3 * max(file.stat().st_size for file in files), 3 * width * 10_000 * 512)
     assert done.peak_bytes <= limit
-    assert done.peak_bytes < 0.75 * width * done.parameters
+    assert done.peak_bytes < 0.8 * width * done.parameters
 
 
 # ---- what survived --------------------------------------------------------------------------------------------------
