@@ -111,7 +111,7 @@ class Chat:
                 elif message := _whole(line, lines):
                     self.say(message)
             except MlxsftError as refused:
-                self.face.note(" ".join(filter(None, (refused.message, refused.hint))))
+                self.face.note(". ".join(part.rstrip(".") for part in (refused.message, refused.hint) if part) + ".")
             except KeyboardInterrupt:  # a second one, before the first token came
                 self.face.note("(stopped)")
 
@@ -231,7 +231,7 @@ class Chat:
         """Where the last turn of this role stands. Raises UsageError where there is none."""
         found = next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == role), None)
         if found is None:
-            raise UsageError("There is nothing yet that could be meant.")
+            raise UsageError("There is no answer yet." if role == "assistant" else "There is no message yet.")
         return found
 
     def _set(self, words: list[str]) -> None:
@@ -361,7 +361,7 @@ class Chat:
 
     def _vote(self, names: dict[str, str]) -> None:
         """Ask which answer is better, then say which was whose."""
-        vote = (self.face.ask("Which is better, A or B? (= neither) ") or "").strip().upper()
+        vote = (self.face.ask("Which is better, A or B? (Enter: neither) ") or "").strip().upper()
         if vote in names:
             self._wins[names[vote]] += 1
         told = ", ".join(f"{title} was {name}" for title, name in names.items())
@@ -376,6 +376,12 @@ class Chat:
         row = _row([*turns, self.turns[end - 1]])
         if row == self._kept:
             raise UsageError("This exchange is kept already.")
+        special = self.renderer.tokenizer.special_pattern
+        if (found := special.search("\n".join(turn.content for turn in self.turns[:end]))) is not None:
+            raise UsageError(
+                f"Not kept: the text contains {found[0]!r}, which is a control token, and training refuses such rows.",
+                "/edit takes it out of the last answer; /undo goes back before an earlier one.",
+            )
         try:
             with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as out:
                 if out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlxsft.cli.train import BACKENDS
 
@@ -131,7 +132,9 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
 
     at = folder / JSON_NAME
     if keep and at.exists() and not force:
-        return read_card(at, adapter_hash(run))
+        card = read_card(at, adapter_hash(run))
+        _refuse_other_settings(at, card, Settings(**settings).told())
+        return card
     for path in (at, folder / PAGE_NAME):
         refuse_existing(path, force)
     with bytes_and_steps("evaluating") as (_, watch):
@@ -140,3 +143,13 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
     write_page(card.to_json(), at, force=force)
     write_page(page([card]), folder / PAGE_NAME, force=force)
     return card
+
+
+def _refuse_other_settings(at: Path, card: Card, told: dict[str, Any]) -> None:
+    """Raises UsageError where the command line names settings that a card was not made with."""
+    from mlxsft.errors import UsageError
+
+    source = click.get_current_context().get_parameter_source
+    named = [name for name in told if source(name) is ParameterSource.COMMANDLINE]
+    if other := [f"{n}: {card.settings.get(n)}, not {told[n]}" for n in named if card.settings.get(n) != told[n]]:
+        raise UsageError(f"{at}: was made with other settings ({'; '.join(other)})", "--force makes it anew.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlxsft.chat.settings import SETTINGS, Setting
 from mlxsft.cli.rows import columns, named_columns, row_format, sources
@@ -58,7 +60,17 @@ def rows_source(context: click.Context, parameter: click.Parameter, name: str | 
 def _range(setting: Setting) -> click.IntRange | click.FloatRange:
     if setting.whole:
         return click.IntRange(int(setting.low), int(setting.high))
-    return click.FloatRange(setting.low, setting.high, min_open=setting.above)
+    return _Range(setting.low, setting.high, min_open=setting.above)
+
+
+class _Range(click.FloatRange):
+    """Without what is no number, which is neither below nor above any limit."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 @click.command()
@@ -106,10 +118,19 @@ def generate(
     from mlxsft.errors import UsageError
     from mlxsft.terminal import told
 
-    if (rows is None) != (output is None):
-        raise UsageError("--input and --output belong together", "Name the rows and where their answers go.")
     if rows is not None and prompt is not None:
         raise UsageError("there is a PROMPT and --input", "Give one of them.")
+    if (rows is None) != (output is None):
+        raise UsageError("--input and --output belong together", "Name the rows and where their answers go.")
+    source = click.get_current_context().get_parameter_source
+    for option, name in (
+        ("--batch", "batch"),
+        ("--format", "row_format"),
+        ("--columns", "columns"),
+        ("--force", "force"),
+    ):
+        if rows is None and source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option} is about the rows of --input, and there are none", "Leave it out.")
     if any(not text for text in stops):
         raise UsageError("--stop: got an empty text")
     asked = _asked(prompt) if rows is None else ""

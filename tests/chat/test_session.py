@@ -246,7 +246,7 @@ def test_undo_and_retry_of_the_last_exchange(talk: Talk) -> None:
     assert "temperature is 0" in talk.noted
     talk("/undo", "/undo", "/retry", "/edit x", "/keep", "/compare", "/save x")
     assert talk.chat.turns == []
-    assert talk.noted.count("nothing yet") == 6
+    assert talk.noted.count("There is no ") == 6
 
 
 def test_a_saved_conversation_is_loaded_and_goes_on(talk: Talk, tmp_path: Path) -> None:
@@ -315,6 +315,14 @@ def test_a_blind_comparison_hides_which_and_keeps_score(talk: Talk) -> None:
         assert f"tuned {wins}." in talk.noted
     talk("/compare --blind", "=")
     assert f"Score: base {4 - wins}, tuned {wins}." in talk.noted
+
+
+def test_what_training_would_refuse_is_not_kept(talk: Talk, tmp_path: Path) -> None:
+    file, pattern = tmp_path / "kept.jsonl", talk.chat.renderer.tokenizer.special_pattern
+    token = next(t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if pattern.fullmatch(t))
+    talk("Who are you?", f"/edit I am {token} Pip.", f"/keep {file}")
+    assert f"Not kept: the text contains {token!r}" in talk.noted
+    assert not file.exists()
 
 
 def test_what_is_kept_is_trained(

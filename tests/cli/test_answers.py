@@ -238,3 +238,19 @@ def test_adapters_are_called_by_their_folders_or_as_one_likes(tmp_path: Path) ->
     for wrong in (["x/mine", "y/mine"], ["name="], ["=folder"]):
         with pytest.raises(UsageError):
             named_adapters(wrong)
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p", "--min-p", "--repetition-penalty"])
+def test_what_is_no_number_is_refused(
+    tuned: tuple[Path, Path], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["generate", str(tuned[0]), "hello", option, "nan"]) == 2
+    assert "not a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--batch", "4"], ["--force"], ["--format", "alpaca"]])
+def test_options_of_rows_need_rows(
+    tuned: tuple[Path, Path], option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["generate", str(tuned[0]), "hello", *option]) == 2
+    assert f"{option[0]} is about the rows of --input" in capsys.readouterr().err

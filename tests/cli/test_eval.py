@@ -296,6 +296,8 @@ def test_several_runs_are_laid_side_by_side(
     assert "short" in shown
     assert "held-out rows differ" in " ".join(shown.split())
     assert (tuned / "card.json").stat().st_mtime_ns == before  # which was there and is read
+    assert call([*both, "--samples", "1"]) == 2  # the cards that are there were made with more
+    assert "was made with other settings (samples: " in capsys.readouterr().err
     page = tmp_path / "both.html"
     assert call([*both, "--json", "--html", str(page)]) == 0
     assert [c["run"] for c in json.loads(capsys.readouterr().out)] == ["run", "short"]
