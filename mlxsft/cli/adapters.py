@@ -149,10 +149,16 @@ def _weights(text: str | None) -> list[float] | None:
     return found
 
 
+def _first(adapter: dict[str, Any]) -> str:
+    """The first thing that is wrong with it; its folder stands before it in the list."""
+    said = " ".join(adapter["problem"].splitlines()[:2]).removeprefix(f"{adapter['folder']}: ")
+    return " ".join(said.split())
+
+
 def _line(adapter: dict[str, Any]) -> str:
     """An adapter in a list."""
     if "problem" in adapter and "kind" not in adapter:
-        return f"{adapter['folder']}  cannot be used: {adapter['problem'].splitlines()[0]}"
+        return f"{adapter['folder']}  cannot be used: {_first(adapter)}"
     base = f"for {adapter['base']}" if adapter.get("base") else "base unknown"
     size = f", {adapter['modules']} modules, {adapter['parameters']:,} numbers" if "modules" in adapter else ""
     layout = " in PEFT's layout" if adapter["layout"] == "peft" else ""

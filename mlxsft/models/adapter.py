@@ -134,7 +134,9 @@ def _refuse_other_layouts(folder: Path) -> None:
                 "`mlxsft import PEFT_DIR OUT` turns it into one.",
             )
     if (folder / "config.json").is_file():
-        raise InputRefused(f"{folder}: this is a whole model, not an adapter", "Give it as the model.")
+        raise InputRefused(
+            f"{folder}: this is a whole model, not an adapter", "Give the folder of a run or of an adapter."
+        )
     raise InputRefused(f"{folder}: {WEIGHTS} is missing", "Give a run folder that has saved at least once.")
 
 

@@ -125,7 +125,7 @@ def _refuse_second_rounding(conversion: Conversion, source: ModelSource, setting
     if settings.quantize and quantized and not settings.dequantize:
         raise InputRefused(
             f"{source.name}: is quantized already ({len(quantized)} modules), and would be rounded twice",
-            "Take the model as it was before, or --dequantize too, where the errors of both may add up.",
+            "Take the model as it was before, or `mlxsft convert --dequantize`, where the errors of both may add up.",
         )
     if settings.dequantize and not quantized:
         raise UsageError(f"--dequantize: {source.name} is not quantized", "Leave it out.")

@@ -14,6 +14,7 @@ from typing import Any
 from mlxsft.data.template import Template
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import WEIGHTS, Adapter, load_adapter, writing
+from mlxsft.models.checks import read_json
 from mlxsft.models.gguf import Exported, Progress, export_gguf
 from mlxsft.models.gguf_adapter import Tuned, export_lora
 from mlxsft.models.ollama import MODELFILE, modelfile
@@ -132,9 +133,11 @@ def open_subject(path: Path, model: str | None, tell: Tell) -> Subject:
         return Subject(open_model(str(path), progress=tell), None, None, ())
     adapter = load_adapter(path)
     base = passport_part(adapter.config, "base")
-    name = model or base.get("name")
+    name = model or _base_of_run(path) or base.get("name")
     if not name:
         raise UsageError(f"{path}: does not say which model it belongs to", "Give it with --model.")
+    if model is None and "/" not in str(name) and not Path(str(name)).is_dir():
+        raise InputRefused(f"{path}: its base was a folder called {name}, which is not here", "Give it with --model.")
     commit = base.get("commit") if base.get("name") == name else None
     try:
         source = open_model(str(name), revision=commit, progress=tell)
@@ -145,6 +148,15 @@ def open_subject(path: Path, model: str | None, tell: Tell) -> Subject:
     said = passport_part(adapter.config, "template")
     known = isinstance(said.get("name"), str) and isinstance(said.get("text"), str)
     return Subject(source, adapter, Template(said["name"], said["text"]) if known else None, tuple(notes))
+
+
+def _base_of_run(path: Path) -> str | None:
+    """The folder or the Hub's name of the base, where a run folder says it; a passport has no folders of a machine."""
+    if not (path / "lock.json").is_file():
+        return None
+    base = read_json(path / "lock.json").get("base")
+    name = base.get("name") if isinstance(base, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _studio() -> Path:

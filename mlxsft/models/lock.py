@@ -45,6 +45,8 @@ class Lock:
         """The lock of a text that `to_text` made. Raises ValueError for any other."""
         try:
             facts = json.loads(text)
+            if isinstance(facts, dict) and "base" in facts and "files" not in facts:
+                raise ValueError("it is that of a run; verify is for models that were pulled or converted")
             files = {name: FileHash(entry["sha256"], entry["size"]) for name, entry in facts["files"].items()}
             lock = cls(facts["repository"], facts["commit"], facts["made"], files)
             same = lock.to_text() == text

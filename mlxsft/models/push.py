@@ -20,7 +20,7 @@ from mlxsft.data.patterns import secrets
 from mlxsft.errors import InputRefused, NetworkFailed, UsageError
 from mlxsft.hub import hub_errors, optional_file
 from mlxsft.models import checks
-from mlxsft.models.adapter import CONFIG, WEIGHTS, listed
+from mlxsft.models.adapter import CONFIG, WEIGHTS, listed, load_adapter
 from mlxsft.models.card import CARD, metadata_of
 from mlxsft.models.lock import LOCK, read_lock
 from mlxsft.models.passport import passport_part
@@ -100,6 +100,8 @@ def plan_push(folder: Path, repository: str) -> Pushing:
         raise InputRefused(listed(f"{folder}: not pushed, for the world would read", problems), "Take it out first.")
     if not any(name.endswith((".safetensors", ".gguf")) for name in sizes):
         raise InputRefused(f"{folder}: holds no weights", "Give a run, a model folder, or one with a GGUF file.")
+    if WEIGHTS in sizes:
+        load_adapter(folder)  # nobody is to download what is half there or not finite
     card = None if CARD in sizes else card_of(folder)
     sizes |= {CARD: len(card.encode())} if card else {}
     return Pushing(folder, repository, dict(sorted(sizes.items())), left_out, card)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from mlxsft.cli import call
 from mlxsft.errors import InputRefused, UsageError
@@ -30,12 +32,13 @@ PASSPORT = {
 def write_run(folder: Path) -> Path:
     """A run folder as training leaves it, with everything in it that must not go."""
     from numpy import ones
-    from safetensors.numpy import save_file
 
     (folder / "checkpoints" / "step-0000200").mkdir(parents=True)
     for name in ("adapters.safetensors", "checkpoints/step-0000200/state.safetensors"):
-        save_file({"model.layers.0.self_attn.q_proj.lora_a": ones((4, 2))}, folder / name)
-    config = {"fine_tune_type": "lora", "num_layers": 1, "mlxsft": PASSPORT}
+        module = "model.layers.0.self_attn.q_proj"
+        save_file({f"{module}.lora_a": ones((4, 2)), f"{module}.lora_b": ones((2, 4))}, folder / name)
+    parameters = {"rank": 2, "scale": 2.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters, "mlxsft": PASSPORT}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "events.jsonl").write_text('{"sample": "what a row said"}\n')
     (folder / "train.jsonl").write_text('{"prompt": "secret plans"}\n')
@@ -78,6 +81,15 @@ def test_a_run_goes_without_what_is_private(run_folder: Path) -> None:
         "recipe.yaml": "a path of this machine",
         "train.jsonl": "rows",
     }
+
+
+def test_an_adapter_that_nobody_could_load_stays(run_folder: Path) -> None:
+    (run_folder / "notes.md").unlink()
+    tensors = load_file(run_folder / "adapters.safetensors")
+    next(iter(tensors.values())).flat[0] = np.nan
+    save_file(tensors, run_folder / "adapters.safetensors")
+    with pytest.raises(InputRefused, match="not finite"):
+        plan_push(run_folder, "me/pip")
 
 
 def test_a_secret_stops_the_push(run_folder: Path) -> None:
