@@ -56,6 +56,7 @@ def merge(
     named = list(zip(map(str, folders), adapters, strict=True))
     if problems := [*_of_other_kinds(named), *_of_other_bases(named), *_of_other_shapes(named, method)]:
         raise InputRefused(listed("these adapters cannot be merged:", problems))
+    _refuse_strangers(named)
     tensors = _merged(adapters, factors, method, density, seed)
     rank = max(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(".lora_a"))
     facts: dict[str, Any] = {"method": method, "weights": factors}
@@ -73,6 +74,18 @@ def merge(
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------
+
+
+def _refuse_strangers(named: Sequence[tuple[str, Adapter]]) -> None:
+    """Raises InputRefused for adapters that tune no module in common, and do not say that their base is one."""
+    for number, (folder, adapter) in enumerate(named):
+        for other, before in named[:number]:
+            known = passport_part(adapter.config, "base") and passport_part(before.config, "base")
+            if not known and not adapter.tensors.keys() & before.tensors.keys():
+                raise InputRefused(
+                    f"{folder} and {other} tune no module in common, and do not both say what their base is",
+                    "Merge adapters of the same model.",
+                )
 
 
 def _of_other_kinds(named: Sequence[tuple[str, Adapter]]) -> Iterator[str]:

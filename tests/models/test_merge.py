@@ -237,3 +237,11 @@ def test_the_command(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixt
     assert call([*command, "--force", "--weights", "1,2,x"]) == UsageError.exit_code
     assert call([*command, "--force", "--density", "0"]) == UsageError.exit_code
     assert call([*command, "--force"]) == 0
+
+
+def test_adapters_without_a_module_in_common_are_of_strangers(two: list[Path], tmp_path: Path) -> None:
+    tensors = {f"elsewhere.{name}": tensor for name, tensor in load_adapter(two[0]).tensors.items()}
+    config = {key: value for key, value in load_adapter(two[0]).config.items() if key != "mlxsft"}
+    save_adapter(tmp_path / "stranger", tensors, config)
+    with pytest.raises(InputRefused, match="tune no module in common"):
+        merge([two[0], tmp_path / "stranger"], tmp_path / "out")
