@@ -12,9 +12,10 @@ import json
 import tempfile
 from pathlib import Path
 
+from mlxsft.cli import call
 from mlxsft.recipe import load_recipe
 from mlxsft.training.plan import forecast
-from tests.training.test_run import events, train
+from tests.training.test_run import events
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     trial = forecast(load_recipe(asked.recipe), asked.backend).trial
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        train(asked.recipe, run, backend=asked.backend)
+        call(["train", str(asked.recipe), "--out", str(run), "--backend", asked.backend])
         steps, end = events(run, "step"), events(run, "end")[0]
     ratios = {
         "peak": trial.peak_bytes / max(step["peak_bytes"] for step in steps),
