@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 FOLDER = click.Path(path_type=Path)
 METHODS = click.Choice(["cat", "linear", "ties", "dare", "dare-ties"])
@@ -126,8 +127,13 @@ def merge_(
     the numbers, the rest made larger; dare-ties: both.
     """
     from mlxsft.cli.export import show as show_written
+    from mlxsft.errors import UsageError
     from mlxsft.models.merge import merge
 
+    source = click.get_current_context().get_parameter_source
+    for name, methods in (("density", ("ties", "dare", "dare-ties")), ("seed", ("dare", "dare-ties"))):
+        if method not in methods and source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name}: does nothing with {method}", f"It is for {', '.join(methods)}.")
     factors = _weights(weights)
     merged = merge(folders, out, method=method, weights=factors, density=density, seed=seed, force=force)
     show_written(merged, as_json)

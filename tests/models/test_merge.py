@@ -245,3 +245,11 @@ def test_adapters_without_a_module_in_common_are_of_strangers(two: list[Path], t
     save_adapter(tmp_path / "stranger", tensors, config)
     with pytest.raises(InputRefused, match="tune no module in common"):
         merge([two[0], tmp_path / "stranger"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [["--density", "0.2"], ["--method", "ties", "--seed", "3"]])
+def test_settings_that_a_method_has_not_are_refused(
+    two: list[Path], tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["adapters", "merge", *map(str, two), "--out", str(tmp_path / "out"), *option]) == 2
+    assert "does nothing with" in capsys.readouterr().err
