@@ -23,11 +23,14 @@ from mlxsft.errors import InputRefused, UsageError
 from mlxsft.models.adapter import load_adapter, save_adapter
 from mlxsft.models.check import BUILT_IN, CheckSettings, read_rows
 from mlxsft.models.convert import ConvertSettings, convert
+from mlxsft.models.dequantize import dequantized_tensors
 from mlxsft.models.fuse import Fused, FuseSettings, TuningLost, fuse
+from mlxsft.models.gguf_adapter import Tuned
 from mlxsft.models.lock import read_lock, verify
 from mlxsft.models.quantize import QuantizeSettings
 from mlxsft.models.source import open_model
 from mlxsft.models.survival import NOISE, Survival, Survivors
+from mlxsft.models.tensors import StoredTensors
 from mlxsft.recipe_training import AdapterRecipe
 from tests.backends.conftest import learned_adapter
 from tests.backends.test_mlx_parity import save
@@ -125,6 +128,27 @@ def test_the_logits_are_those_of_base_and_adapter(
     on_torch = TorchBackend(open_model(str(tmp_path / "out"))).model
     for found in (logits(tmp_path / "out"), mlx_lm_logits(tmp_path / "out"), torch_logits(on_torch)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [*KINDS, "mixtral", "gpt2"])
+def test_what_goes_into_a_gguf_file_is_what_is_fused(
+    checkpoint: Callable[[str], Path], tiny_llama: Path, tmp_path: Path, case: str
+) -> None:
+    """Numbers fused in NumPy as they pass, beside those that MLX fuses: every tensor, experts and Conv1D too."""
+    model = tiny_llama if case in KINDS else checkpoint(case)
+    adapter = adapted(model, tmp_path / "adapter", **KINDS.get(case, {}))
+    fuse(str(model), adapter, tmp_path / "out", UNMEASURED)
+    source = open_model(str(model))
+    tune = Tuned(load_adapter(adapter), str(source.config["model_type"]))
+    passing = dict(tune(dequantized_tensors(StoredTensors(source), source.config)))
+    expected = MlxBackend(open_model(str(tmp_path / "out")))
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    for file in changed.glob("model*"):
+        file.unlink()
+    save_file({name: np.ascontiguousarray(array) for name, array in passing.items()}, changed / "model.safetensors")
+    np.testing.assert_allclose(logits(changed), np.array(expected.model(mx.array(TOKENS))), rtol=0, atol=1e-4)
+    assert np.abs(logits(changed) - logits(model)).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
