@@ -192,8 +192,9 @@ class CompletionRequest(Request):
         if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
             if len(prompt) != 1:
                 raise Refused(400, f"prompt: got {len(prompt)} prompts; ask for one at a time", param="prompt")
-            return prompt[0]  # type: ignore[no-any-return]
-        return prompt  # type: ignore[no-any-return]
+            prompt = prompt[0]
+        asked: str | Sequence[int] = prompt
+        return asked
 
     def most_tokens(self) -> int | None:
         """How long the answer may be, where the request says."""

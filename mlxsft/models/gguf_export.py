@@ -127,6 +127,8 @@ def summary(done: Exported) -> str:
 
 def open_subject(path: Path, model: str | None, tell: Tell) -> Subject:
     """What `path` holds, with its base where it is an adapter. Raises InputRefused where that is another one."""
+    if not path.is_dir():  # never taken for a name of the Hub
+        raise InputRefused(f"{path}: no such folder", "Give a run, an adapter, or a model folder.")
     if not (path / WEIGHTS).exists():
         if model:
             raise UsageError(f"--model: {path} holds no adapter that would need a base", "Leave it out.")

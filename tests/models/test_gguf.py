@@ -341,3 +341,12 @@ def test_names_of_other_architectures_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputRefused, match="'cohere' is not exported to GGUF"):
         export_gguf(open_model(str(folder)), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "ollama", "lmstudio"])
+def test_what_is_no_folder_is_not_looked_for_elsewhere(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["export", str(tmp_path / "none"), str(tmp_path / "out"), "--to", kind]) == 3
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
