@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mlxsft.backends import Conversion, load_conversion, load_rewrite, writing_backend
-from mlxsft.chat.load import open_with_adapter
 from mlxsft.data.dataset import load_dataset
 from mlxsft.data.render import Example, Renderer, load_renderer
 from mlxsft.errors import GateFailed, InputRefused, MlxsftError, UsageError
@@ -27,6 +26,7 @@ from mlxsft.models.check import BUILT_IN, CheckSettings, called, read_rows
 from mlxsft.models.convert import SHARD_BYTES, Progress, Written, as_published, describe, made, write_model
 from mlxsft.models.headers import some
 from mlxsft.models.lock import Lock, hash_of
+from mlxsft.models.opened import open_with_adapter
 from mlxsft.models.quality import Watch, unwatched
 from mlxsft.models.quantize import QuantizationPlan, Scheme, make_plan, scheme
 from mlxsft.models.sizes import refuse_beyond_memory

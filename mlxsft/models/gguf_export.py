@@ -18,7 +18,8 @@ from mlxsft.models.checks import read_json
 from mlxsft.models.gguf import Exported, Progress, export_gguf
 from mlxsft.models.gguf_adapter import Tuned, export_lora
 from mlxsft.models.ollama import MODELFILE, modelfile
-from mlxsft.models.passport import check_base, passport_part
+from mlxsft.models.opened import open_with_adapter
+from mlxsft.models.passport import passport_part
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.models.written import Tell, Written
 
@@ -133,23 +134,17 @@ def open_subject(path: Path, model: str | None, tell: Tell) -> Subject:
         if model:
             raise UsageError(f"--model: {path} holds no adapter that would need a base", "Leave it out.")
         return Subject(open_model(str(path), progress=tell), None, None, ())
-    adapter = load_adapter(path)
-    base = passport_part(adapter.config, "base")
-    name = model or _base_of_run(path) or base.get("name")
+    name = model or _base_of_run(path) or passport_part(load_adapter(path).config, "base").get("name")
     if not name:
         raise UsageError(f"{path}: does not say which model it belongs to", "Give it with --model.")
     if model is None and "/" not in str(name) and not Path(str(name)).is_dir():
         raise InputRefused(f"{path}: its base was a folder called {name}, which is not here", "Give it with --model.")
-    commit = base.get("commit") if base.get("name") == name else None
     try:
-        source = open_model(str(name), revision=commit, progress=tell)
+        opened = open_with_adapter(str(name), path, progress=tell)
     except InputRefused as refusal:
         hint = "Give the base with --model." if model is None else refusal.hint
         raise InputRefused(refusal.message, hint) from refusal
-    notes = check_base(adapter.config, source, path)
-    said = passport_part(adapter.config, "template")
-    known = isinstance(said.get("name"), str) and isinstance(said.get("text"), str)
-    return Subject(source, adapter, Template(said["name"], said["text"]) if known else None, tuple(notes))
+    return Subject(opened.source, opened.adapter, opened.template, tuple(opened.notes))
 
 
 def _base_of_run(path: Path) -> str | None:
