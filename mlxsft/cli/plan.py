@@ -103,15 +103,13 @@ def _lines(found: Forecast, paper: PaperForecast | None) -> list[tuple[str, str]
     from mlxsft.training.report import duration, size
 
     trial = found.trial
-    padding = 1 - trial.tokens / trial.computed_tokens
     kept = f", the lower {trial.trunk_layers} layers computed once" if trial.trunk_layers else ""
-    share = trial.trainable_parameters / trial.parameters
     fits = "fits" if trial.fits else "does NOT fit"
     lines = [
         ("rows", f"{trial.rows:,} trained, {trial.valid_rows:,} held out"),
-        ("tokens an epoch", f"{trial.tokens:,}, {trial.trained_tokens:,} trained; padding {padding:.1%}"),
+        ("tokens an epoch", f"{trial.tokens:,}, {trial.trained_tokens:,} trained; padding {trial.padding_share:.1%}"),
         ("steps", f"{trial.steps:,} in {trial.epochs:g} epochs{kept}"),
-        ("parameters", f"{trial.trainable_parameters:,} trained of {trial.parameters:,} ({share:.2%})"),
+        ("parameters", f"{trial.trainable_parameters:,} trained of {trial.parameters:,} ({trial.trainable_share:.2%})"),
         ("largest micro-batch", f"{trial.largest[0]} rows of {trial.largest[1]} tokens"),
         ("memory, measured", f"{size(trial.peak_bytes)} for arrays, {size(trial.process_bytes)} for the program"),
         ("", f"{fits} in the {size(trial.memory_bytes)} that are free on this machine"),
@@ -134,7 +132,7 @@ def _parts(found: Forecast) -> str:
         "evaluations": trial.eval_seconds,
         "checkpoints": trial.save_seconds,
     }
-    before = f"; {duration(trial.load_seconds + trial.trunk_seconds)} before the first step"
+    before = f"; {duration(trial.seconds_before)} before the first step"
     return ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()) + before
 
 

@@ -75,6 +75,21 @@ class Trial:
         return self.train_seconds + self.eval_seconds + self.save_seconds
 
     @property
+    def padding_share(self) -> float:
+        """From 0 to 1, of the computed tokens of an epoch."""
+        return 1 - self.tokens / self.computed_tokens
+
+    @property
+    def trainable_share(self) -> float:
+        """From 0 to 1, of all numbers."""
+        return self.trainable_parameters / self.parameters
+
+    @property
+    def seconds_before(self) -> float:
+        """Until the first update."""
+        return self.load_seconds + self.trunk_seconds
+
+    @property
     def needed_bytes(self) -> int:
         return self.peak_bytes + self.process_bytes
 
