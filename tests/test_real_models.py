@@ -76,10 +76,13 @@ def test_a_checkpoint_that_mlx_lm_refuses_trains_as_its_repaired_twin(tmp_path: 
 def test_forty_rows_are_learned_by_the_smallest_model(
     tmp_path: Path, real: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its tokenizer spells Chinese in bytes that its head has never predicted: the head must be tuned as well."""
+    """Its tokenizer spells Chinese in bytes that its head has never predicted: the head must be tuned as well.
+
+    Such rows cost the base 23 nats a token, which the default limit takes for a run that diverged.
+    """
     model = real / "models" / "stories260k-llama"
     adapter = {"rank": 64, "alpha": 64, "targets": [*ALL, "model.embed_tokens"]}
-    train = {"epochs": 120, "batch_size": 8, "learning_rate": 4e-3, "warmup": 0.1, "clip_norm": 0.5}
+    train = {"epochs": 120, "batch_size": 8, "learning_rate": 4e-3, "warmup": 0.1, "clip_norm": 0.5, "loss_limit": None}
     run = trained(tmp_path, write_recipe(tmp_path, real, model, adapter=adapter, train=train))
     assert answer(model, run, capsys) == (WHO, "stop")
 
