@@ -228,8 +228,8 @@ class Training:
             raise Diverged(
                 f"step {step}: {reason}, again and at half the learning rate; what is saved is the state of step "
                 f"{progress.step}",
-                "Lower train.learning_rate; --resume --allow-change learning_rate goes on from there. Where the base itself "
-                "gives such losses, for texts that it never saw, raise train.loss_limit and begin anew.",
+                "Lower train.learning_rate; --resume --allow-change learning_rate goes on from there. Where the base "
+                "itself gives such losses, for texts that it never saw, raise train.loss_limit and begin anew.",
             )
         self.progress = replace(progress, rate_factor=RATE_FACTOR)
         self.saved_at = progress.step

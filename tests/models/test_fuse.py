@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -313,6 +314,7 @@ def test_never_more_than_a_few_tensors_are_in_memory(
     large: tuple[Path, Path], tmp_path: Path, stored: str, bits: int | None
 ) -> None:
     """At most 1.3 times the largest file, or 3 times the largest tensor, of what is read or written."""
+    gc.collect()  # arrays of other tests are no part of it
     model, adapter = large
     if stored != "float32":
         how = ConvertSettings("bfloat16", QuantizeSettings() if stored == "4bit" else None, shard_bytes=SHARD)
@@ -323,7 +325,7 @@ def test_never_more_than_a_few_tensors_are_in_memory(
     files = [*model.glob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")]
     limit = max(1.3 * max(file.stat().st_size for file in files), 3 * width * 10_000 * 512)
     assert done.peak_bytes <= limit
-    assert done.peak_bytes < 0.8 * width * done.parameters
+    assert done.peak_bytes < 0.75 * width * done.parameters
 
 
 # ---- what survived --------------------------------------------------------------------------------------------------

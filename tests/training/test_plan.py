@@ -10,7 +10,7 @@ import pytest
 from mlxsft.cli import call
 from mlxsft.errors import UsageError
 from mlxsft.recipe import load_recipe
-from mlxsft.training.plan import TERAFLOPS, changes_for, forecast, on_paper, with_settings
+from mlxsft.training.plan import TERAFLOPS, Forecast, changes_for, fitting, forecast, on_paper, with_settings
 from mlxsft.training.trial import Trial
 from tests.tiny import write_llama
 from tests.training.test_run import events, write_recipe
@@ -62,20 +62,24 @@ def test_each_change_names_settings_that_the_recipe_takes(recipe: Path, planned:
         assert with_settings(loaded, change.settings) != loaded
 
 
-def test_the_recipe_that_fits_is_written_and_fits(
-    recipe: Path, planned: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    limit = (planned.needed_bytes - 200_000) // 1000
+def test_changes_are_added_until_the_run_fits(recipe: Path) -> None:
+    loaded, tried = load_recipe(recipe), list[Forecast]()
+    first = forecast(loaded, "mlx")
+    found = fitting(loaded, "mlx", first, first.trial.needed_bytes - 1, tried.append)
+    assert found is tried[-1]
+    assert found.trial.peak_bytes < first.trial.peak_bytes
+    assert found.trial.needed_bytes < first.trial.needed_bytes
+    settings = {name: value for change in found.changes for name, value in change.settings.items()}
+    assert with_settings(loaded, settings) == found.recipe
+
+
+def test_the_recipe_that_fits_is_written_once(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "fits.yaml"
-    assert call(["plan", str(recipe), "--fit", f"{limit}KB", "--out", str(out), "--backend", "mlx", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fit"]["peak_bytes"] < told["forecast"]["peak_bytes"]
-    assert told["fit"]["needed_bytes"] <= limit * 1000
-    chosen = load_recipe(out)
-    for name, value in told["fit"]["settings"].items():
-        section, _, field = name.partition(".")
-        assert getattr(getattr(chosen, section), field) == value
-    assert call(["plan", str(recipe), "--fit", "1GB", "--out", str(out)]) == 2  # never overwritten
+    command = ["plan", str(recipe), "--fit", "4GB", "--out", str(out), "--backend", "mlx"]
+    assert call([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fit"]["settings"] == {}  # it fits as it is
+    assert load_recipe(out) == load_recipe(recipe)
+    assert call(command) == 2  # never overwritten
     assert "exists already" in capsys.readouterr().err
 
 
