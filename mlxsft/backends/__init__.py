@@ -216,6 +216,9 @@ class Backend(Protocol):
     def matmul_rate(self) -> float:
         """Floating-point operations a second in float32 products of two 1024 by 1024 matrices, measured now."""
 
+    def multiplies_with(self) -> str:
+        """What makes those products, by name and version: a library on a CPU, or the GPU."""
+
     def parameters(self) -> tuple[int, int]:
         """(numbers in the model with its adapter, those of them that are trained)."""
 

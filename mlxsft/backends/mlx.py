@@ -9,6 +9,7 @@ is compiled. The GPU half was written without one at hand: the compiled step was
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -345,6 +346,13 @@ class MlxBackend:
 
     def matmul_rate(self) -> float:
         return matmul_rate()
+
+    def multiplies_with(self) -> str:
+        if self.device == "gpu":
+            return device_name()
+        if BLAS is not None:
+            return f"{BLAS.name} {BLAS.version or ''}".rstrip()
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own BLAS"
 
     def parameters(self) -> tuple[int, int]:
         trained = sum(array.size for array in self._trainable().values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from mlxsft.backends.torch_loss import Loss, pieces
 from mlxsft.backends.torch_models import LOADING_ERRORS, decoder_layers, load_checkpoint, parameter_count
 from mlxsft.backends.torch_random import RandomKeys, noisy
 from mlxsft.backends.torch_trunk import Trunk
+from mlxsft.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
     from mlxsft.data.batches import Batch
@@ -272,7 +274,7 @@ class TorchBackend:
     # ---- facts
 
     def peak_bytes(self) -> int:
-        return max(0, peak_resident_bytes() - self._bytes_before)
+        return max(0, peak_resident_bytes() - self._bytes_before)  # PyTorch has no count of its own on the CPU
 
     def memory_bytes(self) -> int:
         return psutil.virtual_memory().available + psutil.Process().memory_info().rss
@@ -284,6 +286,11 @@ class TorchBackend:
             a @ a
             products += 1
         return 2 * 1024**3 * products / spent
+
+    def multiplies_with(self) -> str:
+        found = re.search(r"\bBLAS_INFO=(\w+)", torch.__config__.show())
+        name = found[1] if found else "PyTorch's own BLAS"
+        return {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}.get(name, name)
 
     def parameters(self) -> tuple[int, int]:
         trained = sum(array.numel() for array in self._adapter.weights.values())
@@ -304,13 +311,3 @@ class Sums:
 
     loss: float = 0.0  # nats
     tokens: int = 0  # trained ones
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has had, PyTorch having no count of its own on the CPU."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if psutil.MACOS else int(peak) * 1024

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mlxsft.backends.torch import peak_resident_bytes
 from mlxsft.backends.torch_models import empty_model, is_tied, read_tensors
 from mlxsft.errors import InputRefused
+from mlxsft.machine import peak_resident_bytes
 from mlxsft.models.adapter import listed
 from mlxsft.models.names import mlx_name
 from mlxsft.models.shards import Layout

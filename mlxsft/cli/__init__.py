@@ -10,6 +10,7 @@ import click
 
 from mlxsft import __version__
 from mlxsft.cli.adapters import adapters
+from mlxsft.cli.bench import bench
 from mlxsft.cli.chat import chat
 from mlxsft.cli.convert import convert, quantize
 from mlxsft.cli.data import data
@@ -57,6 +58,7 @@ for command in (
     data,
     recipes,
     doctor,
+    bench,
 ):
     app.add_command(command)
 

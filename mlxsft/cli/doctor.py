@@ -29,31 +29,19 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from mlxsft import __version__
+    from mlxsft.machine import versions
 
     memory = psutil.virtual_memory()
     facts: dict[str, Any] = {
         "mlxsft": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _versions("mlx", "mlx-lm", "transformers", "torch", "peft"),
+        "packages": versions("mlx", "mlx-lm", "transformers", "torch", "peft"),
         "gxx": shutil.which("g++"),
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
         "environment": {name: os.environ.get(name) for name in ("HF_HOME", "HF_HUB_OFFLINE", "MLXSFT_BLAS")},
     }
     return facts | _examine_mlx()
-
-
-def _versions(*packages: str) -> dict[str, str | None]:
-    """The installed version of each package, without importing it."""
-    from importlib import metadata
-
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _examine_mlx() -> dict[str, Any]:

@@ -33,9 +33,7 @@ def base_matrices(source: ModelSource) -> dict[str, Matrix]:
         path = name.removesuffix(".weight")
         if path == name or len(info.shape) != 2 or ".experts." in path or NOT_TEXT.search(path):
             continue
-        rows, columns = info.shape
-        if (scales := source.tensors.get(f"{path}.scales")) is not None:
-            columns = scales.shape[-1] * _group_size(source.config, path)
+        rows, columns = unpacked_shape(source, name)
         if kind == "gpt2" and not path.startswith(("model.", "transformer.", "lm_head")):
             path = f"transformer.{path}"  # as OpenAI published it
         if kind == "gpt2" and TURNED.search(name) and not path.startswith("model."):
@@ -47,6 +45,14 @@ def base_matrices(source: ModelSource) -> dict[str, Matrix]:
     if is_tied(source):
         found = {path: matrix for path, matrix in found.items() if not path.endswith("lm_head")}
     return found
+
+
+def unpacked_shape(source: ModelSource, name: str) -> tuple[int, ...]:
+    """The shape of a weight, with as many columns as before where it is quantized."""
+    shape, path = source.tensors[name].shape, name.removesuffix(".weight")
+    if (scales := source.tensors.get(f"{path}.scales")) is not None:
+        return *shape[:-1], scales.shape[-1] * _group_size(source.config, path)
+    return shape
 
 
 def is_tied(source: ModelSource) -> bool:

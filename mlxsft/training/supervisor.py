@@ -23,6 +23,7 @@ from queue import Empty, Queue
 from mlxsft import errors
 from mlxsft.errors import Interrupted, MlxsftError, OutOfResources
 from mlxsft.interrupt import Stop, signals_blocked
+from mlxsft.own_process import module_command
 from mlxsft.training.checkpoints import RunFolder
 from mlxsft.training.deaths import Death, cause_of_death
 from mlxsft.training.events import Event, Finished, Restarted, Started, from_json
@@ -262,10 +263,8 @@ class Supervisor:
 
 
 def worker_command() -> list[str]:
-    """What starts a training process with the package and the folders that this one has."""
-    here = str(Path.cwd())
-    safe = [] if here in sys.path or "" in sys.path else ["-P"]  # nothing of the folder where one happens to stand
-    return [sys.executable, *safe, "-m", "mlxsft.training.worker"]
+    """What starts a training process."""
+    return module_command("mlxsft.training.worker")
 
 
 def resume_command(out: Path, micro_batch_tokens: int | None = None, options: Sequence[str] = ()) -> str:

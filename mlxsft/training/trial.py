@@ -1,18 +1,14 @@
 """A few micro-batches of a run, computed for real in a process of their own: what the run will take is told from them.
 
-`python -m mlxsft.training.trial` reads a recipe from stdin and answers with one JSON object, a `Trial` or an `error`;
-what it needs is its own, so that another trial after it begins as a run does.
+What that process needs is its own, so that another trial after it begins as a run does.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxsft import errors
 from mlxsft.data.batches import batches, epoch_order
-from mlxsft.errors import MlxsftError, OutOfResources
+from mlxsft.own_process import answer, ask
 from mlxsft.recipe import Recipe
 from mlxsft.training.loop import Plan
 from mlxsft.training.schedule import learning_rate
@@ -100,20 +95,13 @@ class Trial:
 
 def run_trial(recipe: Recipe, backend_name: str) -> Trial:
     """A trial in a new process. Raises what loading and training raise, OutOfResources where the process is killed."""
-    command = [sys.executable, "-m", "mlxsft.training.trial", backend_name]
-    done = subprocess.run(command, input=recipe.model_dump_json(), stdout=subprocess.PIPE, text=True, check=False)
-    answer: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"died": done.returncode}
-    if "died" in answer:
-        raise OutOfResources(
-            f"the trial of the largest micro-batch died (exit code {done.returncode}), as a process does that finds "
-            "no memory",
-            "Lower train.micro_batch_tokens or data.max_tokens, or set train.checkpoint_activations.",
-        )
-    if "bug" in answer:
-        raise RuntimeError(answer["bug"])
-    if "error" in answer:
-        raise getattr(errors, answer["error"])(answer["message"], answer["hint"])
-    return Trial(**answer | {"largest": tuple(answer["largest"])})
+    (told,) = ask(
+        "mlxsft.training.trial",
+        {"recipe": recipe.model_dump(mode="json"), "backend": backend_name},
+        what="the trial of the largest micro-batch",
+        hint="Lower train.micro_batch_tokens or data.max_tokens, or set train.checkpoint_activations.",
+    )
+    return Trial(**{**told, "largest": tuple(told["largest"])})
 
 
 def measure(recipe: Recipe, backend_name: str) -> Trial:
@@ -308,20 +296,9 @@ def _line(times: Sequence[tuple[int, float]]) -> Callable[[float], float]:
     return at
 
 
-def main() -> int:
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print goes to stderr
-    os.dup2(2, 1)
-    answer: dict[str, Any]
-    try:
-        answer = asdict(measure(Recipe.model_validate_json(sys.stdin.read()), sys.argv[1]))
-    except MlxsftError as error:
-        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    except Exception:
-        answer = {"bug": traceback.format_exc()}
-    channel.write(json.dumps(answer))
-    channel.close()
-    return 0
+def _answers(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield asdict(measure(Recipe.model_validate_json(json.dumps(question["recipe"])), question["backend"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(_answers))

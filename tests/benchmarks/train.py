@@ -30,6 +30,7 @@ import numpy as np
 from mlxsft.data.batches import batches, epoch_order
 from mlxsft.data.dataset import load_dataset
 from mlxsft.data.render import Example, load_renderer
+from mlxsft.models.operations import lora_operations
 from mlxsft.models.source import open_model
 from mlxsft.recipe import DataRecipe
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
@@ -142,26 +143,11 @@ def loaded(asked: argparse.Namespace, model: Path) -> Any:
     return backend
 
 
-def needed_operations(model: Any, rows: list[Example]) -> float:
-    """Floating-point operations that one epoch of LoRA needs: forward, and backward without the frozen weights' slopes.
-
-    A matrix takes 2 operations a number and token, once forward and, from the first adapter up, once backward; LoRA's
-    own three times; the head for trained tokens only; causal attention half of its square, forward and twice backward.
-    """
-    from mlx.utils import tree_flatten
-
-    lowest = min(i for i, layer in enumerate(model.layers) if layer.trainable_parameters())
-    tokens = sum(len(row.tokens) - 1 for row in rows)
-    squares = sum((len(row.tokens) - 1) ** 2 for row in rows)
-    width = model.args.hidden_size
-    total = 4.0 * model.args.vocab_size * width * sum(int(row.mask.sum()) for row in rows)
-    for i, layer in enumerate(model.layers):
-        matrices = [(n, a) for n, a in tree_flatten(layer.parameters()) if a.ndim == 2]
-        frozen = sum(a.size for n, a in matrices if "lora" not in n)
-        trained = sum(a.size for n, a in matrices if "lora" in n)
-        total += tokens * (2 * frozen * (2 if i >= lowest else 1) + 6 * trained)
-        total += 2 * squares * width * (3 if i >= lowest else 1)
-    return total
+def needed_operations(asked: argparse.Namespace, backend: Any, rows: list[Example]) -> float:
+    """Floating-point operations that one epoch of LoRA needs."""
+    shapes = {name: array.shape for name, array in backend.adapter_state().items()}
+    lengths = [(len(row.tokens), int(row.mask.sum())) for row in rows]
+    return lora_operations(open_model(str(asked.model)), shapes, lengths)
 
 
 def peak_over_weights(weights: int) -> int:
@@ -178,7 +164,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
 
     rows, held_out = rows_of(asked)
     backend = loaded(asked, asked.model)
-    needed = needed_operations(backend.model, rows)
+    needed = needed_operations(asked, backend, rows)
     weights, rates = int(mx.get_active_memory()), [matmul_rate(1.0)]
     mx.reset_peak_memory()
     clock, judged, epochs = 0.0, [], []
@@ -213,7 +199,7 @@ def theirs(asked: argparse.Namespace) -> dict[str, Any]:
     from mlxsft.backends.mlx_models import mlx_lm
 
     start = loaded(asked, asked.model)
-    adapter, config, needed = start.adapter_state(), start.adapter_config(), needed_operations(start.model, rows)
+    adapter, config, needed = start.adapter_state(), start.adapter_config(), needed_operations(asked, start, rows)
     judge = start if held_out and not asked.their_model else None
     mx.enable_compile() if asked.their_compile == "on" else mx.disable_compile()
     model = mlx_lm("utils").load_model(asked.their_model or asked.model)[0]

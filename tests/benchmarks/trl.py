@@ -80,7 +80,7 @@ def child(who: str) -> dict[str, Any]:
 
 def ours(asked: argparse.Namespace) -> dict[str, Any]:
     from mlxsft.backends import load_backend
-    from mlxsft.backends.torch import peak_resident_bytes
+    from mlxsft.machine import peak_resident_bytes
 
     rows, _ = rows_of(asked)
     before = psutil.Process().memory_info().rss
@@ -106,7 +106,7 @@ def theirs(asked: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from mlxsft.backends.torch import peak_resident_bytes
+    from mlxsft.machine import peak_resident_bytes
 
     rows, _ = rows_of(asked)
     before = psutil.Process().memory_info().rss

@@ -1,0 +1,1 @@
+"""How fast a machine tunes and answers: a fixed protocol, measured, and results of several machines side by side."""
