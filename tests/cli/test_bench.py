@@ -23,7 +23,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlxsft import __version__
-from mlxsft.bench.measure import refuse_few_positions
+from mlxsft.bench.measure import measured, refuse_few_positions
 from mlxsft.bench.protocol import PROTOCOL
 from mlxsft.bench.result import name_of, weights_of
 from mlxsft.cli import call
@@ -152,14 +152,13 @@ def test_a_result_tells_no_path_no_user_and_no_host(results: dict[str, Path], ti
 
 def test_both_backends_and_a_second_run_do_the_same_work(results: dict[str, Path], tiny_llama: Path) -> None:
     mlx, torch = read(results["mlx"]), read(results["torch"])
-    again = json.loads(benched(str(tiny_llama), "--backend", "mlx", "--repetitions", "1", "--json"))
-    work = ("tokens", "trained_tokens", "trainable_parameters", "needed_operations")
-    for other in (torch, again):
-        assert [other["tuning"][name] for name in work] == [mlx["tuning"][name] for name in work]
-        assert other["model"] == mlx["model"]
-        assert other["protocol"] == mlx["protocol"]
-    assert again["tuning"]["losses"] == mlx["tuning"]["losses"]
+    *_, again = measured("tuning", open_model(str(tiny_llama)), "mlx", 1)
+    for name in ("losses", "trainable_parameters", "needed_operations"):
+        assert again[name] == mlx["tuning"][name]
+    for name in ("tokens", "trained_tokens", "trainable_parameters", "needed_operations"):
+        assert torch["tuning"][name] == mlx["tuning"][name]
     assert torch["tuning"]["losses"] == pytest.approx(mlx["tuning"]["losses"], rel=1e-5)
+    assert (torch["model"], torch["protocol"]) == (mlx["model"], mlx["protocol"])
 
 
 @pytest.mark.long
@@ -206,10 +205,8 @@ def test_results_are_laid_side_by_side(results: dict[str, Path], capsys: pytest.
         assert re.search(rf"{backend} \S+ on the CPU", row)
 
 
-def test_what_others_wrote_cannot_break_the_table(
-    results: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = read(results["mlx"])
+def test_what_others_wrote_cannot_break_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = read(RECORDED[0])
     result["model"]["name"] = "a|b <img>\n\x1b[31mc"
     result["added_later"] = {"x": 1}
     (tmp_path / "other.json").write_text(json.dumps(result))
@@ -258,14 +255,13 @@ def changed(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     ],
 )
 def test_what_is_no_result_is_refused(
-    results: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[dict[str, Any]], Any],
     said: str,
 ) -> None:
-    (tmp_path / "bad.json").write_text(json.dumps(change(read(results["mlx"]))))
-    refused(["--compare", str(results["mlx"]), str(tmp_path / "bad.json")], 3, said, capsys)
+    (tmp_path / "bad.json").write_text(json.dumps(change(read(RECORDED[0]))))
+    refused(["--compare", str(RECORDED[0]), str(tmp_path / "bad.json")], 3, said, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"protocol": ' + b" " * (2 << 20), b"\xff\xfe"])
@@ -287,7 +283,7 @@ def test_wrong_command_lines(tmp_path: Path, tiny_llama: Path, capsys: pytest.Ca
     refused(["--compare", str(tmp_path / "absent.json")], 3, "No such file", capsys)
     refused(["--compare", str(tmp_path)], 3, "Is a directory", capsys)
     refused(["/no/such/folder"], 3, "no such folder", capsys)
-    refused([str(tmp_path)], 3, "config.json is missing", capsys)
+    refused([str(tmp_path)], 3, "no weights", capsys)
 
 
 def test_a_model_larger_than_memory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
