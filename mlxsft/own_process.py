@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def _failed(what: str, hint: str, status: int, said: str) -> Exception:
 # ---- in that process ------------------------------------------------------------------------------------------------
 
 
-def answer(function: Callable[[Any], Iterable[Told]]) -> int:
-    """Answer the question on stdin with what the function tells of it. The exit code of the process."""
+def answer(function: Callable[[Any, Callable[[Told], None]], None]) -> int:
+    """Answer the question on stdin with what `function(question, tell)` tells. The exit code of the process."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print goes to stderr
     os.dup2(2, 1)
 
@@ -121,8 +121,7 @@ def answer(function: Callable[[Any], Iterable[Told]]) -> int:
     question = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        for told in function(question):
-            send(told=told)
+        function(question, lambda told: send(told=told))
         send(end=True)
     except MlxsftError as error:
         send(error=type(error).__name__, message=error.message, hint=error.hint)

@@ -219,6 +219,12 @@ class TrainRecipe(Section):
         description="Whether the outputs of the frozen layers below the adapter are kept for all epochs, where "
         "adapter.layers leaves some: in memory, on disk, or computed anew each time (off); auto: where it is worth it.",
     )
+    base_dtype: Literal["auto", "stored"] = Field(
+        default="auto",
+        description="The numbers in which the frozen model is computed. auto: float32 where MLX computes on the CPU "
+        "and memory allows, because it multiplies others some 30 times slower there; stored: as the files have them, "
+        "quantized or of 16 bits, for a half to an eighth of the memory. A GPU always has them so, PyTorch never.",
+    )
     checkpoint_activations: bool = Field(
         default=False,
         description="Compute activations again in the backward pass instead of keeping them: less memory, slower.",

@@ -105,6 +105,7 @@ def test_the_defaults(folder: Path) -> None:
             "loss_limit": "auto",
             "seed": 0,
             "cache_trunk": "auto",
+            "base_dtype": "auto",
             "checkpoint_activations": False,
             "cache_limit": None,
         },
@@ -619,6 +620,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             "loss_limit": draw(st.sampled_from(["auto", None]) | st.floats(0, 1e9, exclude_min=True)),
             "seed": draw(st.integers(0, 10**17)),
             "checkpoint_activations": draw(st.booleans()),
+            "base_dtype": draw(st.sampled_from(["auto", "stored"])),
             "cache_limit": draw(st.none() | st.floats(0, 1e6)),
         },
         "eval": {

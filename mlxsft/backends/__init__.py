@@ -397,10 +397,11 @@ def writing_backend(name: str) -> str:
     return name
 
 
-def load_backend(name: str, source: ModelSource) -> Backend:
+def load_backend(name: str, source: ModelSource, *, stored: bool = False) -> Backend:
     """A verified checkpoint in memory; `name` is mlx, torch, or auto for what this machine has.
 
-    Raises UsageError where the array library is not installed, InputRefused for a checkpoint that it cannot load.
+    `stored`: no number is turned into float32, though the CPU computes that faster. Raises UsageError where the array
+    library is not installed or cannot do that, InputRefused for a checkpoint that it cannot load.
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r}: there is no such backend", f"The backends are: {', '.join(BACKENDS)}.")
@@ -410,12 +411,17 @@ def load_backend(name: str, source: ModelSource) -> Backend:
         require_torch()
         from mlxsft.backends.torch import TorchBackend
 
+        if stored:
+            raise UsageError(
+                "train.base_dtype: stored, but PyTorch computes here, which has everything as float32",
+                "Leave it out, or take --backend mlx.",
+            )
         backend = TorchBackend(source)
     else:
         require_mlx()
         from mlxsft.backends.mlx import MlxBackend
 
-        backend = MlxBackend(source)
+        backend = MlxBackend(source, stored=stored)
     backend.notes += [why] if why else []
     return backend
 

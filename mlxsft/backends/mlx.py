@@ -65,7 +65,7 @@ class MlxBackend:
 
     name = "mlx"
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, *, stored: bool = False) -> None:
         self.device: str = device_kind()
         self.notes: list[str] = []
         self.ranks: Ranks = Alone()
@@ -79,7 +79,7 @@ class MlxBackend:
         self.model = load_checkpoint(source)
         self._base_parameters = parameter_count(self.model)
         self._quantized = quantized_modules(self.model)
-        why = why_not_float32(self.model)
+        why = why_not_float32(self.model, stored=stored)
         self._float32 = self.device == "cpu" and why is None
         if self._float32:
             self.notes += make_float32(self.model)

@@ -131,10 +131,17 @@ def _head_to_embedding(weights: dict[str, mx.array], own: list[str]) -> None:
         del weights[HEAD]
 
 
-def why_not_float32(model: nn.Module) -> str | None:
-    """Why the numbers of a model cannot be turned into float32, as a sentence; None where memory allows it."""
+def why_not_float32(model: nn.Module, *, stored: bool = False) -> str | None:
+    """Why the numbers of a model are not turned into float32, as a sentence; None where they are, or are so already.
+
+    They are where memory allows it, unless they are to stay as they are stored.
+    """
     needed, available = 4 * parameter_count(model), psutil.virtual_memory().available
-    if needed <= 0.8 * available or _is_float32(model):  # a fifth is left for activations
+    if _is_float32(model):
+        return None
+    if stored:
+        return "train.base_dtype: the model stays in its own number format, which is slow on the CPU"
+    if needed <= 0.8 * available:  # a fifth is left for activations
         return None
     return (
         "the model stays in its own number format, which is slow on the CPU: as float32 it would need "

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ def refuse_few_positions(source: ModelSource) -> None:
 # ---- in that process ------------------------------------------------------------------------------------------------
 
 
-def _answers(question: dict[str, Any]) -> Iterator[Told]:
+def _answers(question: dict[str, Any], tell: Callable[[Told], None]) -> None:
     from mlxsft.backends import load_backend
     from mlxsft.models.source import open_model
     from mlxsft.training.worker import calm_the_gpu
@@ -65,7 +65,8 @@ def _answers(question: dict[str, Any]) -> Iterator[Told]:
         calm_the_gpu(sys.platform, os.environ)  # as every training process does
     source = open_model(question["model"])
     backend = load_backend(question["backend"], source)
-    yield from task(source, backend, question["repetitions"])
+    for step in task(source, backend, question["repetitions"]):
+        tell(step)
 
 
 def _tuning(source: ModelSource, backend: Backend, repetitions: int) -> Iterator[Told]:

@@ -78,6 +78,9 @@ def evaluate(
 
     --require compares metrics: NAME is the tuned value, `base` the base's; NAME.change, and NAME.low and NAME.high,
     which bound the change with 95 %, are there too. `forgetting<0.05`, `heldout_loss.high<0`.
+
+    A card that is there is read again where nothing that decides it has changed: adapter, rows, prompts, settings,
+    versions. Where something has, --force makes it anew.
     """
     import json
 
@@ -125,7 +128,7 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
     from mlxsft.cli.bytes_bar import bytes_and_steps
     from mlxsft.evaluation.card import JSON_NAME, PAGE_NAME, read_card
     from mlxsft.evaluation.card_page import page
-    from mlxsft.evaluation.evaluate import Settings, adapter_hash
+    from mlxsft.evaluation.evaluate import Settings, adapter_hash, changed_since
     from mlxsft.evaluation.evaluate import evaluate as evaluate_run
     from mlxsft.page import refuse_existing, write_page
     from mlxsft.terminal import told
@@ -135,14 +138,32 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
         card = read_card(at, adapter_hash(run))
         _refuse_other_settings(at, card, Settings(**settings).told())
         return card
-    for path in (at, folder / PAGE_NAME):
-        refuse_existing(path, force)
+    if at.exists() and not force:
+        card = read_card(at, adapter_hash(run))
+        if changed := changed_since(card, run, Settings(**settings)):
+            _refuse(at, f"it was made otherwise: {', '.join(changed)}")
+        if not (folder / PAGE_NAME).exists():
+            write_page(page([card]), folder / PAGE_NAME)
+        told(f"{at}: read, not made anew, since nothing that decides it has changed; --force makes it anew")
+        return card
+    refuse_existing(folder / PAGE_NAME, force)
     with bytes_and_steps("evaluating") as (_, watch):
         card = evaluate_run(run, Settings(**settings), tell=told, watch=watch)
     folder.mkdir(parents=True, exist_ok=True)
     write_page(card.to_json(), at, force=force)
     write_page(page([card]), folder / PAGE_NAME, force=force)
     return card
+
+
+def _refuse(at: Path, why: str) -> None:
+    """Refuse what `refuse_existing` refuses, and say why."""
+    from mlxsft.errors import MlxsftError
+    from mlxsft.page import refuse_existing
+
+    try:
+        refuse_existing(at, force=False)
+    except MlxsftError as error:
+        raise type(error)(f"{error.message}; {why}", error.hint) from None
 
 
 def _refuse_other_settings(at: Path, card: Card, told: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mlxsft.training.plan import Forecast, PaperForecast
+    from mlxsft.training.trial import Trial
 
 BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
@@ -43,14 +44,16 @@ def plan(
 
     from mlxsft.errors import GateFailed
     from mlxsft.models.convert import parse_size
-    from mlxsft.recipe import dump_recipe, load_recipe
-    from mlxsft.training.plan import changes_for, fitting, forecast, on_paper
+    from mlxsft.recipe import load_recipe
+    from mlxsft.training.plan import changes_for, fitting, forecast, mac, no_changes, tried
 
     limit = parse_size(fit, "--fit") if fit else None
+    if machine:
+        mac(machine)  # a wrong name is told before anything is measured
     target = _target(recipe, out, force) if fit else None
     loaded = load_recipe(recipe, overrides)
     first = forecast(loaded, backend)
-    paper = on_paper(machine, loaded, first.trial) if machine else None
+    paper = _paper(machine, first)
     if not as_json:
         _show(first, paper)
     others: list[Forecast] = []
@@ -58,25 +61,47 @@ def plan(
     def tell(found: Forecast) -> None:
         others.append(found)
         if not as_json:
-            _show_change(found)
+            _show_change(found, _paper(machine, found))
 
+    assert first.counts is not None
     fitted = fitting(loaded, backend, first, limit, tell) if limit is not None else None
-    if limit is None and (try_changes or not first.trial.fits):
-        for change in changes_for(loaded, first.trial):
-            tell(forecast(loaded, backend, [change]))
+    without: list[str] = []
+    if limit is None and (try_changes or not first.fits or (paper and not paper.fits)):
+        for change in changes_for(loaded, first.counts):
+            tell(tried(loaded, backend, [change], first.counts))
+        without = no_changes(loaded, first.counts)
     if as_json:
-        told: dict[str, Any] = {"forecast": first.to_json(), "changes": [found.to_json() for found in others]}
-        told["paper"] = {**vars(paper), "fits": paper.fits} if paper else None
+        changes = [{**found.to_json(), "paper": _paper_json(_paper(machine, found))} for found in others]
+        told: dict[str, Any] = {"forecast": first.to_json(), "changes": changes, "no_changes": without}
+        told["paper"] = _paper_json(paper)
         told["fit"] = fitted.to_json() if fitted else None
         click.echo(json.dumps(told, indent=2))
+    elif without:
+        click.echo("\n".join(without))
     if target is not None and fitted is None:
         raise GateFailed(
             f"--fit {fit}: no change that is known here makes the run need so little",
-            "Take a smaller or a quantized base, or shorter rows.",
+            "Take a smaller base, or shorter rows.",
         )
     if target is not None and fitted is not None:
-        target.write_text(dump_recipe(fitted.recipe), encoding="utf-8")
-        click.echo(f"The recipe that fits is {target}: mlxsft train {target} --out RUN", err=True)
+        _write(target, fitted)
+
+
+def _paper(machine: str | None, found: Forecast) -> PaperForecast | None:
+    from mlxsft.training.plan import on_paper
+
+    return on_paper(machine, found.recipe, found.trial) if machine and found.trial else None
+
+
+def _paper_json(paper: PaperForecast | None) -> dict[str, Any] | None:
+    return {**vars(paper), "fits": paper.fits} if paper else None
+
+
+def _write(target: Path, fitted: Forecast) -> None:
+    """The recipe that fits; what has to be run before it stands in its head, and is told."""
+    target.write_text(fitted.to_yaml(), encoding="utf-8")
+    commands = " && ".join([*fitted.commands, f"mlxsft train {target} --out RUN"])
+    click.echo(f"The recipe that fits is {target}: {commands}", err=True)
 
 
 def _target(recipe: Path, out: Path | None, force: bool) -> Path:
@@ -102,49 +127,79 @@ def _lines(found: Forecast, paper: PaperForecast | None) -> list[tuple[str, str]
     """(what, value), for people."""
     from mlxsft.training.report import duration, size
 
-    trial = found.trial
-    kept = f", the lower {trial.trunk_layers} layers computed once" if trial.trunk_layers else ""
-    fits = "fits" if trial.fits else "does NOT fit"
+    trial, counts = found.trial, found.counts
+    assert counts is not None
     lines = [
-        ("rows", f"{trial.rows:,} trained, {trial.valid_rows:,} held out"),
-        ("tokens an epoch", f"{trial.tokens:,}, {trial.trained_tokens:,} trained; padding {trial.padding_share:.1%}"),
-        ("steps", f"{trial.steps:,} in {trial.epochs:g} epochs{kept}"),
+        ("rows", f"{counts.rows:,} trained, {counts.valid_rows:,} held out"),
+        (
+            "tokens an epoch",
+            f"{counts.tokens:,}, {counts.trained_tokens:,} trained; padding {counts.padding_share:.1%}",
+        ),
+        ("steps", f"{counts.steps:,} in {counts.epochs:g} epochs{_trunk(trial)}"),
+        ("largest micro-batch", f"{counts.largest[0]} rows of {counts.largest[1]} tokens"),
+    ]
+    if trial is None:
+        return [*lines, ("memory", f"does NOT fit: {found.failure}")]
+    fits = "fits" if trial.fits else "does NOT fit"
+    kept = f", {size(trial.trunk_bytes)} for what is computed once" if trial.trunk_bytes else ""
+    lines += [
         ("parameters", f"{trial.trainable_parameters:,} trained of {trial.parameters:,} ({trial.trainable_share:.2%})"),
-        ("largest micro-batch", f"{trial.largest[0]} rows of {trial.largest[1]} tokens"),
-        ("memory, measured", f"{size(trial.peak_bytes)} for arrays, {size(trial.process_bytes)} for the program"),
+        ("memory, measured", f"{size(trial.peak_bytes)} for arrays, {size(trial.process_bytes)} for the program{kept}"),
         ("", f"{fits} in the {size(trial.memory_bytes)} that are free on this machine"),
-        ("time, forecast", f"{duration(trial.seconds)} ({trial.backend} on the {trial.device}): {_parts(found)}"),
+        ("time, forecast", f"{_time(trial)} ({trial.backend} on the {trial.device}): {_parts(trial)}"),
     ]
     if paper:
         fits = "fits" if paper.fits else "does NOT fit"
-        lines.append((paper.machine, f"on paper, not measured: {duration(paper.seconds)} for the updates"))
+        if paper.seconds is not None:
+            lines.append((paper.machine, f"on paper, not measured: {duration(paper.seconds)} for the updates"))
         memory = f"on paper, not measured: {size(paper.needed_bytes)}, {fits}"
         lines.append(("", f"{memory} in the {size(paper.memory_bytes)} that its GPU may take"))
     return lines
 
 
-def _parts(found: Forecast) -> str:
+def _trunk(trial: Trial | None) -> str:
+    return f", the lower {trial.trunk_layers} layers computed once" if trial and trial.trunk_layers else ""
+
+
+def _time(trial: Trial) -> str:
+    """The whole run; with answers to prompts, that is a guess with a bound."""
     from mlxsft.training.report import duration
 
-    trial = found.trial
+    if trial.most_answer_seconds == 0:
+        return duration(trial.seconds)
+    return f"{duration(trial.seconds)}, at most {duration(trial.most_seconds)}"
+
+
+def _parts(trial: Trial) -> str:
+    from mlxsft.training.report import duration
+
     parts = {
-        "updates": trial.train_seconds,
-        "evaluations": trial.eval_seconds,
-        "checkpoints": trial.save_seconds,
+        "updates": duration(trial.train_seconds),
+        "evaluations": duration(trial.eval_seconds),
+        "checkpoints": duration(trial.save_seconds),
     }
+    if trial.most_answer_seconds:
+        usual, most = duration(trial.answer_seconds), duration(trial.most_answer_seconds)
+        parts["answers"] = f"{usual} if they become as long as those of the rows, {most} if none ends by itself"
     before = f"; {duration(trial.seconds_before)} before the first step"
-    return ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()) + before
+    return ", ".join(f"{name} {said}" for name, said in parts.items()) + before
 
 
-def _show_change(found: Forecast) -> None:
-    from mlxsft.training.report import duration, size
+def _show_change(found: Forecast, paper: PaperForecast | None) -> None:
+    from mlxsft.training.report import size
 
-    trial = found.trial
     names = " + ".join(change.name for change in found.changes)
-    settings = " ".join(f"--set {k}={_yaml(v)}" for change in found.changes for k, v in change.settings.items())
-    price = found.changes[-1].price
-    click.echo(f"{names}: {size(trial.needed_bytes)}, {duration(trial.seconds)} ({price})\n    {settings}")
+    settings = " ".join(f"--set {k}={_yaml(v)}" for k, v in found.settings.items())
+    first = "".join(f"    first: {command}\n" for command in found.commands)
+    if found.trial is None:
+        click.echo(f"{names}: {found.failure}\n    {settings}")
+        return
+    fits = "fits" if found.trial.fits else "does NOT fit"
+    told = f"{size(found.trial.needed_bytes)}, {fits}, {_time(found.trial)}"
+    if paper:
+        told += f"; {paper.machine}, on paper: {size(paper.needed_bytes)}, {'fits' if paper.fits else 'does NOT fit'}"
+    click.echo(f"{names}: {told} ({found.changes[-1].price})\n{first}    {settings}")
 
 
 def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

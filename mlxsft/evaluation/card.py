@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlxsft.chat.generate import Answer
 from mlxsft.data.patterns import hidden
@@ -17,7 +19,7 @@ from mlxsft.errors import InputRefused
 from mlxsft.evaluation import diversity, memorized, overlap
 from mlxsft.evaluation.benchmarks import Benchmark
 from mlxsft.evaluation.constraints import follows
-from mlxsft.evaluation.intervals import Estimate, Paired, mean, paired
+from mlxsft.evaluation.intervals import Estimate, Paired, Statistic, difference, halves, mean, paired
 from mlxsft.evaluation.measure import Measured, Work
 from mlxsft.evaluation.metrics import FEWEST_ROWS, Metric, verdict_of
 from mlxsft.evaluation.rows import Asked
@@ -61,6 +63,8 @@ class Group:
     base: float
     tuned: float
     count: int
+    low: float | None = None  # of the change, with 95 %
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Card:
     forms: dict[str, tuple[float, float]] = field(default_factory=dict)  # share of sampled answers, before and after
     answers: list[SideBySide] = field(default_factory=list)
     benchmarks: list[Benchmark] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes and versions of what decides the rest, by its name
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -156,6 +161,11 @@ class Findings:
             return None
         return paired(before.nats, after.nats, before.tokens, seed=self.seed), len(before.tokens)
 
+    def _rows(self, kind: str) -> list[NDArray[np.float64]]:
+        """(nats before, nats after, tokens) of the rows of a set."""
+        before, after = self.base.losses[kind], self.tuned.losses[kind]
+        return [before.nats, after.nats, before.tokens]
+
     def _tasks(self) -> dict[str, Metric]:
         asked = self.work.heldout.asked
         ruled = [i for i, row in enumerate(asked) if row.rules]
@@ -216,18 +226,21 @@ class Findings:
         before, after = ([answer.text for answer in side.sampled] for side in (self.base, self.tuned))
         if len(after) < 2:
             return {}
-        measures: dict[str, Callable[[Sequence[str]], float | None]] = {
-            "distinct_1": lambda texts: diversity.distinct(texts, 1),
-            "distinct_2": lambda texts: diversity.distinct(texts, 2),
-            "length_words": lambda texts: sum(len(diversity.words_of(t)) for t in texts) / len(texts),
-            "length_spread": diversity.length_spread,
-            "opening_entropy": diversity.opening_entropy,
-            "prose_share": lambda texts: diversity.forms(texts)["prose"],
+        found = {
+            name: self._whole(partial(_of, measure, before), partial(_of, measure, after), len(after))
+            for name, measure in _VARIETY.items()
         }
         if overlap.has_sacrebleu():
-            measures["self_bleu"] = overlap.self_bleu
-        values = {name: (measure(before), measure(after)) for name, measure in measures.items()}
-        return {name: Metric(b, a, len(after)) for name, (b, a) in values.items() if a is not None}
+            found["self_bleu"] = self._whole(overlap.SelfBleu(before).of, overlap.SelfBleu(after).of, len(after))
+        return {name: metric for name, metric in found.items() if metric is not None}
+
+    def _whole(self, base: Statistic, tuned: Statistic, count: int) -> Metric | None:
+        """A statistic of all answers together, with an interval from halves of them."""
+        everything = np.arange(count)
+        if count >= FEWEST_ROWS and (found := halves(base, tuned, count, seed=self.seed)) is not None:
+            return Metric.of(found, count)
+        after = tuned(everything)
+        return None if after is None else Metric(base(everything), after, count)
 
     def forms(self) -> dict[str, tuple[float, float]]:
         """The share of sampled answers in each form, before and after."""
@@ -254,8 +267,9 @@ class Findings:
         if (trained := self._loss("training")) is not None:
             found["train_loss"] = Metric.of(*trained)
             if (held := self._loss("heldout")) is not None:
-                gaps = [h.value - t.value for h, t in zip(_sides(held[0]), _sides(trained[0]), strict=True)]
-                found["train_valid_gap"] = Metric(gaps[0], gaps[1], held[1])
+                rows = [self._rows(kind) for kind in ("heldout", "training")]
+                count = min(held[1], trained[1])
+                found["train_valid_gap"] = Metric.of(difference(*rows, seed=self.seed), count)
         return found
 
     # --- instructions ------------------------------------------------------------------------------------------------
@@ -309,7 +323,7 @@ class Findings:
         for name in dict.fromkeys(row.category for row in asked if row.category):
             rows = [i for i, row in enumerate(asked) if row.category == name]
             how = "rules" if any(asked[i].rules for i in rows) else "rouge_l"
-            groups.append(_group(name, how, [before[i] for i in rows], [after[i] for i in rows]))
+            groups.append(self._group(name, how, [before[i] for i in rows], [after[i] for i in rows]))
         for kind in dict.fromkeys(kind for row in asked for kind in row.rules):
             sides = [
                 [
@@ -319,8 +333,13 @@ class Findings:
                 ]
                 for side in (self.base, self.tuned)
             ]
-            groups.append(_group(f"rule: {kind}", kind, *sides))
+            groups.append(self._group(f"rule: {kind}", kind, *sides))
         return groups
+
+    def _group(self, name: str, measure: str, base: Sequence[float], tuned: Sequence[float]) -> Group:
+        metric = self._of_each(base, tuned).rounded()
+        assert metric.base is not None
+        return Group(name, measure, metric.base, metric.tuned, len(base), metric.low, metric.high)
 
     def answers(self) -> list[SideBySide]:
         """Every prompt that was asked, with both greedy answers."""
@@ -339,11 +358,6 @@ class Findings:
                     )
                 )  # fmt: skip
         return found
-
-
-def _group(name: str, measure: str, base: Sequence[float], tuned: Sequence[float]) -> Group:
-    means = [_rounded(sum(side) / len(side)) for side in (base, tuned)]
-    return Group(name, measure, means[0], means[1], len(base))
 
 
 def warnings_of(metrics: Mapping[str, Metric], leaks: Sequence[str]) -> list[str]:
@@ -369,13 +383,15 @@ def warnings_of(metrics: Mapping[str, Metric], leaks: Sequence[str]) -> list[str
         tell(name, f"it is worse at {what} than the base", when=verdict_of(name, at(name)) == "worse")
     for name, what in (("distinct_2", "the pairs of words"), ("opening_entropy", "the openings")):
         metric = at(name)
+        fell = metric.tuned < NARROWER_SHARE * (metric.base or 0) and verdict_of(name, metric) == "worse"
         tell(name, f"its answers are more alike: {what} vary at {metric.tuned:.2f}, where the base's do at "
-             f"{metric.base or 0:.2f}", when=metric.tuned < NARROWER_SHARE * (metric.base or 0))  # fmt: skip
+             f"{metric.base or 0:.2f}", when=fell)  # fmt: skip
     share, gap = at("memorized_share"), at("train_valid_gap")
+    wider = (gap.change or 0) > GAP_NATS and (gap.low is None or gap.low > 0)
     tell("memorized_share", f"it gives {share.tuned:.0%} of long training answers back word for word",
          when=share.tuned > max(MEMORIZED_SHARE, share.base or 0))  # fmt: skip
     tell("train_valid_gap", f"held-out rows are {gap.tuned:.2f} nats a token harder for it than trained ones "
-         f"({gap.base or 0:.2f} for the base)", when=(gap.change or 0) > GAP_NATS)  # fmt: skip
+         f"({gap.base or 0:.2f} for the base)", when=wider)  # fmt: skip
     ends = at("ends_share")
     tell("ends_share", f"only {ends.tuned:.0%} of its answers end by themselves", when=ends.tuned < ENDS_SHARE)
     return said
@@ -404,8 +420,20 @@ def _exponential(side: Estimate) -> Estimate:
     return Estimate(value, low, high)
 
 
-def _sides(found: Paired) -> tuple[Estimate, Estimate]:
-    return found.base, found.tuned
+_VARIETY: Mapping[str, Callable[[Sequence[str]], float | None]] = {
+    "distinct_1": lambda texts: diversity.distinct(texts, 1),
+    "distinct_2": lambda texts: diversity.distinct(texts, 2),
+    "length_words": lambda texts: sum(len(diversity.words_of(t)) for t in texts) / len(texts),
+    "length_spread": diversity.length_spread,
+    "opening_entropy": diversity.opening_entropy,
+    "prose_share": lambda texts: diversity.forms(texts)["prose"],
+}
+
+
+def _of(
+    measure: Callable[[Sequence[str]], float | None], texts: Sequence[str], chosen: NDArray[np.int64]
+) -> float | None:
+    return measure([texts[i] for i in chosen])
 
 
 def _same(answer: str, reference: str) -> float:

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from mlxsft.evaluation.card import Card
-from mlxsft.evaluation.card_text import best_of, differences, interval, shown_value, sides_of, signed, with_error
+from mlxsft.evaluation.card_text import (
+    best_of,
+    differences,
+    group_interval,
+    interval,
+    shown_value,
+    sides_of,
+    signed,
+    with_error,
+)
 from mlxsft.evaluation.metrics import ALONE, METRICS, SECTIONS, Metric, verdict_of
 from mlxsft.page import document
 
@@ -31,7 +40,7 @@ svg .whisker{stroke:var(--fg);stroke-width:1.3;opacity:.85}
 summary{cursor:pointer;color:var(--dim)}.scroll{overflow-x:auto}
 @media(max-width:40rem){.metrics td{display:inline-block;border-top:0;padding-right:1rem}.metrics td:first-child,
 .metrics td.bar{display:block;width:auto;padding-right:0}.metrics tr{display:block;border-top:1px solid var(--line);
-padding:.4rem 0}}
+padding:.4rem 0}.metrics tr:first-child{border-top:0}}
 """
 _COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 _BASE = "var(--base)"
@@ -90,7 +99,7 @@ def _capital(text: str) -> str:
 def _key(cards: Sequence[Card]) -> str:
     sides = [("base", _BASE), *((card.run if len(cards) > 1 else "tuned", _colour(i)) for i, card in enumerate(cards))]
     names = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in sides)
-    return f'<div class="key">{names}<span>lines: 95 % intervals, from resampling the rows</span></div>'
+    return f'<div class="key">{names}<span>lines: 95 % intervals, from resampling</span></div>'
 
 
 def _colour(i: int) -> str:
@@ -199,6 +208,8 @@ def _groups(cards: Sequence[Card]) -> list[str]:
         values = [known.base, *(g.tuned if g else None for g in found)]
         bars = "".join(_share_bar(v, _BASE if i == 0 else _colour(i - 1)) for i, v in enumerate(values))
         shown = " → ".join("–" if v is None else f"{v:.0%}" for v in values)
+        within = group_interval(known) if len(cards) == 1 else ""
+        shown += f'<br><span class="dim">change {within}</span>' if within else ""
         told = f"{known.count:,} prompt{'s' * (known.count != 1)}{f', by {measure}' * (not name.endswith(measure))}"
         rows.append(
             f"<tr><td>{escape(name)}<span>{escape(told)}</span></td>"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mlxsft.evaluation.benchmarks import Benchmark
 from mlxsft.evaluation.card import Card, Group
-from mlxsft.evaluation.metrics import ALONE, METRICS, SECTIONS, Metric, verdict_of
+from mlxsft.evaluation.metrics import ALONE, FEWEST_ROWS, METRICS, SECTIONS, Metric, verdict_of
 from mlxsft.terminal import printable
 
 _STYLES = {"better": "green", "worse": "red", "": ""}
@@ -118,11 +118,19 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _groups(groups: Sequence[Group]) -> Table:
-    table = _table("Held-out answers by part", "by", "prompts", "base", "tuned")
+    table = _table("Held-out answers by part", "by", "prompts", "base", "tuned", "95 % of the change")
     for group in groups:
         values = (f"{value:.1%}" for value in (group.base, group.tuned))
-        table.add_row(Text(printable(group.name)), printable(group.measure), f"{group.count:,}", *values)
+        within = group_interval(group)
+        table.add_row(Text(printable(group.name)), printable(group.measure), f"{group.count:,}", *values, within)
     return table
+
+
+def group_interval(group: Group) -> str:
+    """The interval of the change; empty over too few prompts to tell."""
+    if group.low is None or group.high is None or group.count < FEWEST_ROWS:
+        return ""
+    return f"{signed(f'{group.low:.1%}')} to {signed(f'{group.high:.1%}')}"
 
 
 def _benchmarks(found: Sequence[Benchmark]) -> Table:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mlxsft.data.traits import form
 
@@ -13,15 +14,17 @@ FORMS = ("prose", "list", "table", "code block", "JSON")  # that `form` tells ap
 _OPENING_WORDS = 3
 
 
-def words_of(text: str) -> list[str]:
+@lru_cache(maxsize=4096)  # answers are looked at hundreds of times, in ever new company
+def words_of(text: str) -> tuple[str, ...]:
     """The words in lower case, without punctuation."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+    return tuple(re.findall(r"\w+(?:['’]\w+)*", text.casefold()))
 
 
 def distinct(answers: Sequence[str], n: int) -> float | None:
     """Different sequences of n words ÷ all of them, over all answers together (https://arxiv.org/abs/1510.03055)."""
-    grams = [gram for answer in answers for gram in _grams(words_of(answer), n)]
-    return len(set(grams)) / len(grams) if grams else None
+    grams = [_grams(answer, n) for answer in answers]
+    total = sum(map(len, grams))
+    return len(set().union(*grams)) / total if total else None
 
 
 def length_spread(answers: Sequence[str]) -> float | None:
@@ -41,9 +44,14 @@ def opening_entropy(answers: Sequence[str]) -> float | None:
 
 def forms(answers: Sequence[str]) -> dict[str, float]:
     """The share of the answers in each form that `traits.form` tells apart; together 1."""
-    counts = Counter(map(form, answers))
+    counts = Counter(map(_form, answers))
     return {name: counts[name] / len(answers) for name in FORMS} if answers else {}
 
 
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+@lru_cache(maxsize=8192)
+def _grams(text: str, n: int) -> tuple[tuple[str, ...], ...]:
+    words = words_of(text)
+    return tuple(words[i : i + n] for i in range(len(words) - n + 1))
+
+
+_form = lru_cache(maxsize=4096)(form)

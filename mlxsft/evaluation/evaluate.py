@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from mlxsft.chat.load import Loaded, load_for_chat
 from mlxsft.data.dataset import Dataset, data_hashes, load_dataset
 from mlxsft.data.hub import address_of
 from mlxsft.data.render import Renderer, load_renderer
+from mlxsft.data.sources import files_of
 from mlxsft.errors import InputRefused, UsageError
 from mlxsft.evaluation import overlap
 from mlxsft.evaluation.benchmarks import Scores, refuse_without_lm_eval, scores, side_by_side
@@ -35,6 +39,7 @@ from mlxsft.evaluation.rows import (
 from mlxsft.evaluation.rules import RuleBook, read_rules
 from mlxsft.models.adapter import WEIGHTS
 from mlxsft.models.lock import hash_of
+from mlxsft.models.passport import without_folders
 from mlxsft.models.sizes import refuse_beyond_memory
 from mlxsft.models.source import open_model
 from mlxsft.recipe import Recipe, load_recipe
@@ -130,10 +135,11 @@ class _Evaluation:
         return Card(
             run=self.run.resolve().name,
             adapter=adapter_hash(self.run),
-            model=self.loaded.source.name,
+            model=without_folders(self.loaded.source.name),
             backend=f"{backend.name} on {backend.device}",
             mlxsft=__version__,
             settings=settings.told(),
+            inputs=inputs_of(self.run, self.settings),
             metrics=metrics,
             verdict=said,
             good=said.startswith("Better") and not warnings,
@@ -231,6 +237,56 @@ class _Evaluation:
             return win_shares(backend, load_renderer(source), asked, base, tuned, watch=self.watch)
         finally:
             backend.close()
+
+
+def inputs_of(run: Path, settings: Settings) -> dict[str, str]:
+    """Hashes and versions of all that decides a card beside its settings and its adapter, by what they are of.
+
+    The base is what the run's lock says, since an adapter is judged on no other one. Raises InputRefused where a file
+    is not there.
+    """
+    folder = RunFolder(run)
+    found = {"the run's recipe and lock": _digest(folder.recipe, folder.lock)}
+    try:
+        hashes = data_hashes(load_recipe(folder.recipe).data)
+        found["the run's rows"] = hashlib.sha256(json.dumps(sorted(hashes.values())).encode()).hexdigest()
+    except InputRefused:
+        if settings.data is None:
+            raise
+    given = {name: getattr(settings, name) for name in ("data", "rules", "probe", "ifeval")}
+    for name, path in given.items():
+        if path is not None:
+            files = files_of([path], "train") if path.is_dir() else [path]
+            found[f"the file of --{name}"] = _digest(*files)
+    if settings.judge is not None and Path(settings.judge).is_dir():
+        found["the judge"] = _digest(*sorted(Path(settings.judge).glob("*.safetensors")))
+    found["the built-in prompts"] = _digest(PROBE, INSTRUCTIONS)
+    packages = ["sacrebleu", "jsonschema", *(["lm-eval"] if settings.benchmarks else [])]
+    versions = {"mlxsft": __version__, **{name: version for name in packages if (version := _version(name))}}
+    found["the versions of programs"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return found
+
+
+def changed_since(card: Card, run: Path, settings: Settings) -> list[str]:
+    """What is other than when the card of this run's adapter was made; nothing where a new one would be the same."""
+    now, then = settings.told(), card.settings
+    changed = [f"--{name.replace('_', '-')} ({then.get(name)} then)" for name in now if now[name] != then.get(name)]
+    if settings.backend not in ("auto", card.backend.partition(" ")[0]):
+        changed.append(f"--backend ({card.backend} then)")
+    inputs = inputs_of(run, settings)
+    return changed + [name for name in {**card.inputs, **inputs} if card.inputs.get(name) != inputs.get(name)]
+
+
+def _digest(*files: Path) -> str:
+    """One SHA-256 of the files' own, in their order."""
+    return hashlib.sha256("".join(hash_of(file).sha256 for file in files).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def adapter_hash(run: Path) -> str:

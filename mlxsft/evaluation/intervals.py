@@ -1,13 +1,15 @@
-"""Values per row → means with intervals, before and after, by the bootstrap over rows."""
+"""Values per row → means with intervals, before and after, by the bootstrap over rows; what is no mean, over halves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
+HALVES = 500
 _AT_ONCE = 1 << 22  # numbers that a block of resamples holds
 _TAILS = (2.5, 97.5)  # per cent: 95 of 100 intervals hold the true value
 
@@ -48,6 +50,49 @@ def mean(values: ArrayLike, *, seed: int) -> Estimate:
     rows = np.asarray(values, np.float64)[:, None]
     sums = np.concatenate([rows.sum(axis=0, keepdims=True), _resampled(rows, seed)])
     return _estimate(sums[:, 0] / len(rows))
+
+
+def difference(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, seed: int) -> Paired:
+    """Σ base ÷ Σ weights and Σ tuned ÷ Σ weights of the first rows, less those of the second, which are other rows.
+
+    Both are (base, tuned, weights), [rows] each. Either side is resampled by itself, as `paired` does it.
+    """
+    ratios = []
+    for number, columns in enumerate((first, second)):
+        rows = np.stack([np.asarray(a, np.float64) for a in columns], axis=1)
+        sums = np.concatenate([rows.sum(axis=0, keepdims=True), _resampled(rows, seed + number)])
+        ratios.append(sums[:, :2] / sums[:, 2:])
+    before, after = (ratios[0] - ratios[1]).T
+    return Paired(_estimate(before), _estimate(after), _estimate(after - before))
+
+
+Statistic = Callable[[NDArray[np.int64]], float | None]  # of the answers with these numbers; None: it has none
+
+
+def halves(base: Statistic, tuned: Statistic, count: int, *, seed: int) -> Paired | None:
+    """Statistics of `count` answers that are no means of something per answer, and their change; None without them.
+
+    Drawn with replacement, an answer would stand beside its own copy: less distinct, more like the others, whatever the
+    model does. So each resample is a random half of the answers, without replacement, the same half of both sides:
+    around their own mean, which is that of half as many answers, they spread as the statistic of all answers does
+    (the delete-d jackknife with d = n ÷ 2, https://doi.org/10.1214/aos/1176347752; for r of n answers it is scaled by
+    √(r ÷ (n - r)), here 1 or next to it).
+    """
+    everything, random = np.arange(count), np.random.default_rng(seed)
+    whole = base(everything), tuned(everything)
+    if whole[0] is None or whole[1] is None:
+        return None
+    drawn = [np.sort(random.permutation(count)[: count // 2]) for _ in range(HALVES)]
+    found = np.array([(base(half), tuned(half)) for half in drawn], np.float64)  # None becomes NaN
+    found = found[np.isfinite(found).all(axis=1)]
+    if not len(found):
+        return None
+    scale = np.sqrt((count // 2) / (count - count // 2))
+    sides = [
+        np.concatenate([[value], value + scale * (values - values.mean())])
+        for value, values in zip(whole, found.T, strict=True)
+    ]
+    return Paired(_estimate(sides[0]), _estimate(sides[1]), _estimate(sides[1] - sides[0]))
 
 
 def _resampled(rows: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -101,10 +101,10 @@ class Metric:
 def verdict_of(name: str, metric: Metric) -> Literal["better", "worse", ""]:
     """Whether the change lies beyond its interval, or, without one, whether there is any; empty where neither.
 
-    An interval over less than FEWEST_ROWS decides nothing.
+    Less than FEWEST_ROWS decide nothing where there is an interval, or would be over more of them.
     """
-    better = METRICS[name].better
-    if not better or metric.base is None or (metric.low is not None and metric.count < FEWEST_ROWS):
+    better, resampled = METRICS[name].better, metric.low is not None or METRICS[name].section == "narrower"
+    if not better or metric.base is None or (resampled and metric.count < FEWEST_ROWS):
         return ""
     low, high = (metric.low, metric.high) if metric.low is not None else (metric.change, metric.change)
     assert low is not None

@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlxsft.errors import UsageError
 from mlxsft.evaluation.diversity import words_of
 
 INSTALL = "Install it: pip install 'mlxsft[eval]'"
+_ORDERS = 4  # words of the longest phrases that BLEU counts
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -30,12 +34,50 @@ def bleu(answer: str, references: Sequence[str]) -> float:
     return float(_metric("bleu")(answer, list(references))) / 100
 
 
-def self_bleu(answers: Sequence[str]) -> float | None:
-    """The mean BLEU of each answer against all others: 1 where they are copies (https://arxiv.org/abs/1802.01886)."""
-    if len(answers) < 2:
-        return None
-    scores = [bleu(answer, [*answers[:i], *answers[i + 1 :]]) for i, answer in enumerate(answers)]
-    return sum(scores) / len(scores)
+class SelfBleu:
+    """The mean of sacrebleu's sentence BLEU of each answer against all others, ÷ 100, of any choice of some answers.
+
+    1 where they are copies (https://arxiv.org/abs/1802.01886). What phrases each has of each other is counted once.
+    """
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        refuse_without_sacrebleu()
+        from sacrebleu.metrics.helpers import extract_all_word_ngrams
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+        cut = Tokenizer13a()
+        counted = [extract_all_word_ngrams(cut(answer.rstrip()), 1, _ORDERS) for answer in answers]
+        self.lengths = np.array([length for _, length in counted])
+        holders: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # (answer, how often) of each phrase
+        for i, (phrases, _) in enumerate(counted):
+            for phrase, times in phrases.items():
+                holders.setdefault(phrase, []).append((i, times))
+        # Of each answer: the words of each phrase, less one [phrases]; how often all have it [n, phrases].
+        self.orders, self.common = list[NDArray[np.int64]](), list[NDArray[np.uint16]]()
+        for phrases, _ in counted:
+            common = np.zeros((len(answers), len(phrases)), np.uint16)
+            for column, phrase in enumerate(phrases):
+                who, times = zip(*holders[phrase], strict=True)
+                common[list(who), column] = np.minimum(times, phrases[phrase])
+            self.orders.append(np.array([len(phrase) - 1 for phrase in phrases], np.int64))
+            self.common.append(common)
+
+    def of(self, chosen: NDArray[np.int64]) -> float | None:
+        """Of the answers with these numbers; None of fewer than two."""
+        if len(chosen) < 2:
+            return None
+        return sum(self._sentence(i, chosen[chosen != i]) for i in chosen.tolist()) / len(chosen)
+
+    def _sentence(self, i: int, others: NDArray[np.int64]) -> float:
+        from sacrebleu.metrics.bleu import BLEU
+
+        orders, own = self.orders[i], self.common[i][i]
+        found = self.common[i][others].max(axis=0)
+        correct, total = (np.bincount(orders, times, _ORDERS).astype(int).tolist() for times in (found, own))
+        length, lengths = int(self.lengths[i]), self.lengths[others]
+        nearest = min(lengths.tolist(), key=lambda other: (abs(other - length), other))
+        score = BLEU.compute_bleu(correct, total, length, nearest, smooth_method="exp", effective_order=True)
+        return float(score.score) / 100
 
 
 def has_sacrebleu() -> bool:

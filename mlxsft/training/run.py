@@ -82,7 +82,7 @@ def run_training(
                 yield from map(Noted, [*notes, ended])
         if any_of(ranks, ended is not None):
             return
-        backend = load_backend(backend_name, source)
+        backend = load_backend(backend_name, source, stored=recipe.train.base_dtype == "stored")
         if ranks.count > 1 and backend.name != "mlx":
             raise UsageError(
                 f"several ranks train on MLX only, and this is the {backend.name} backend",

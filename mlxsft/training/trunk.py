@@ -97,7 +97,7 @@ class TrunkCache:
         """Keep the trunk's outputs of all rows; why that cannot be, or nothing."""
         ends = np.cumsum([len(row.tokens) for row in rows])
         needed = int(ends[-1]) * outputs.shape[-1] * outputs.itemsize
-        place = self._place(needed * self.backend.ranks.count)  # which may all be on this machine
+        place = self.place(needed * self.backend.ranks.count)  # which may all be on this machine
         if place is None:
             return f"their activations take {needed / 2**30:.1f} GiB, more than there is room for"
         store = _new_store((int(ends[-1]), outputs.shape[-1]), outputs.dtype, place, self.folder)
@@ -135,7 +135,8 @@ class TrunkCache:
             return None
         return f"the loss of a token then differs by {different.max():.2g} nats"
 
-    def _place(self, needed: int) -> Place | None:
+    def place(self, needed: int) -> Place | None:
+        """Where so many bytes are kept; None where there is no room."""
         free = shutil.disk_usage(self.folder).free
         if self.choice == "memory":
             return "memory"

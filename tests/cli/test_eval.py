@@ -226,11 +226,49 @@ def test_a_gate_opens_closes_or_is_refused(
     assert (tmp_path / "card.json").exists() == (code != 2)  # a misspelled demand is told before anything is loaded
 
 
-def test_a_card_is_never_overwritten_unasked(tuned: Path, card: Card, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (tuned / "card.json").read_bytes()
-    assert call(["eval", str(tuned)]) == 3
-    assert "--force" in capsys.readouterr().err
-    assert (tuned / "card.json").read_bytes() == before
+def test_a_card_is_read_again_where_nothing_that_decides_it_changed(
+    tuned: Path, card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tuned / "card.html").unlink()
+    before = (tuned / "card.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert call(["eval", str(tuned), *QUICK, "--json", "--require", "train_loss<0.5*base"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == card
+    assert "read, not made anew" in shown.err
+    assert (tuned / "card.json").stat().st_mtime_ns == before
+    assert (tuned / "card.html").exists()  # a page that is gone is written from it
+    assert call(["eval", str(tuned), *QUICK, "--require", "forgetting<0.05"]) == 6
+    assert "forgetting<0.05: the sides are" in capsys.readouterr().err
+
+
+def test_a_card_is_never_overwritten_unasked_and_what_changed_is_said(
+    tuned: Path, card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    before = (run / "card.json").read_bytes()
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("rules: {contains: true}")
+    for options, said in (
+        (["--max-tokens", "24"], ""),
+        (["--max-tokens", "24", "--seed", "1"], "--seed (0 then)"),
+        (["--max-tokens", "12"], "--max-tokens (24 then)"),
+        (["--max-tokens", "24", "--backend", "torch"], "--backend (mlx on cpu then)"),
+        (["--max-tokens", "24", "--rules", str(rules)], "--rules (None then), the file of --rules"),
+    ):
+        assert (call(["eval", str(run), *options]) != 0) == bool(said)
+        shown = capsys.readouterr().err
+        assert f"it was made otherwise: {said}\n" in shown if said else "read, not made anew" in shown
+    monkeypatch.setattr("mlxsft.evaluation.evaluate.__version__", "9.9.9")
+    assert call(["eval", str(run), "--max-tokens", "24"]) != 0
+    assert "it was made otherwise: the versions of programs\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    adapter = run / "adapters.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\1")
+    assert call(["eval", str(run), "--max-tokens", "24"]) == 3
+    assert "another adapter" in capsys.readouterr().err
+    assert (run / "card.json").read_bytes() == before
 
 
 def test_rows_that_changed_are_refused_unless_others_are_given(

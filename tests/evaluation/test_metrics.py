@@ -10,7 +10,7 @@ import pytest
 from mlxsft.errors import UsageError
 from mlxsft.evaluation.card import verdict, warnings_of
 from mlxsft.evaluation.diversity import distinct, forms, length_spread, opening_entropy
-from mlxsft.evaluation.intervals import mean, paired
+from mlxsft.evaluation.intervals import difference, halves, mean, paired
 from mlxsft.evaluation.memorized import leaked, longest_copy, repeats
 from mlxsft.evaluation.metrics import METRICS, Metric, verdict_of
 from mlxsft.evaluation.requirements import Requirement
@@ -49,6 +49,67 @@ def test_a_seed_gives_the_same_interval_and_no_rows_give_none() -> None:
     assert mean([1, 2, 4], seed=3) == mean([1, 2, 4], seed=3)
     with pytest.raises(ValueError, match="no rows"):
         mean([], seed=0)
+
+
+def test_two_sets_of_rows_are_resampled_by_themselves() -> None:
+    random = np.random.default_rng(0)
+    one, other = random.normal(3, 1, 400), random.normal(2, 2, 300)
+    found = difference((one, one - 1, np.ones(400)), (other, other, np.ones(300)), seed=0)
+    assert found.base.value == pytest.approx(one.mean() - other.mean())
+    assert found.change.value == pytest.approx(-1)
+    half = 1.96 * math.sqrt(1 / 400 + 4 / 300)
+    assert (found.base.high - found.base.low) / 2 == pytest.approx(half, rel=0.12)
+    assert found.change.high - found.change.low < 1e-9
+
+
+def test_halves_of_a_mean_spread_as_its_bootstrap_does() -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(0, 1, 80)
+    tuned = base + random.normal(0.5, 1, 80)
+    by_halves = halves(lambda i: float(base[i].mean()), lambda i: float(tuned[i].mean()), 80, seed=0)
+    by_rows = paired(base, tuned, np.ones(80), seed=0)
+    assert by_halves is not None
+    for one, other in ((by_halves.change, by_rows.change), (by_halves.base, by_rows.base)):
+        assert one.value == pytest.approx(other.value)
+        assert one.high - one.low == pytest.approx(other.high - other.low, rel=0.15)
+
+
+def test_about_95_of_100_intervals_of_distinct_words_hold_the_true_change() -> None:
+    """The true value is that of as many answers as there are: the more, the fewer of their words are new."""
+
+    def answers(random: np.random.Generator, words: int) -> list[str]:
+        return [" ".join(map(str, random.zipf(1.3, 12) % words)) for _ in range(40)]
+
+    def share(texts: list[str]) -> float:
+        return distinct(texts, 1) or 0.0
+
+    truth = np.mean([
+        share(answers(np.random.default_rng([1, n]), 60)) - share(answers(np.random.default_rng([2, n]), 300))
+        for n in range(150)
+    ])  # fmt: skip
+    held, found_so, biased = 0, 0, 0
+    for trial in range(40):
+        random = np.random.default_rng([3, trial])
+        before, after = answers(random, 300), answers(random, 60)
+        found = halves(
+            lambda i, texts=before: share([texts[k] for k in i]),  # type: ignore[misc]
+            lambda i, texts=after: share([texts[k] for k in i]),  # type: ignore[misc]
+            40, seed=trial,
+        )  # fmt: skip
+        assert found is not None
+        held += found.change.low <= truth <= found.change.high
+        found_so += found.change.high < 0
+        drawn = random.integers(0, 40, (100, 40))  # with replacement, for comparison
+        plain = [share([after[k] for k in i]) for i in drawn]
+        biased += np.percentile(plain, 97.5) < found.tuned.value
+    assert held >= 34  # binomial(40, 0.95), three standard deviations below
+    assert found_so >= 30  # and they are no wider than they must be
+    assert biased > 20  # copies of answers hold no new words: such an interval lies below the value that it is of
+
+
+def test_a_statistic_that_is_none_has_no_interval() -> None:
+    assert halves(lambda i: None, lambda i: 1.0, 8, seed=0) is None
+    assert halves(lambda i: 1.0 if len(i) == 8 else None, lambda i: 1.0, 8, seed=0) is None
 
 
 # --- variety and copies -----------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxsft.errors import InputRefused
-from mlxsft.evaluation.overlap import bleu, chrf, rouge_l, self_bleu
+from mlxsft.evaluation.overlap import SelfBleu, bleu, chrf, rouge_l
 from mlxsft.evaluation.rules import checked, read_rules, score
 
 SCHEMA = {"type": "object", "required": ["price"], "properties": {"price": {"type": "number"}}}
@@ -103,8 +104,23 @@ def test_chrf_and_bleu_are_sacrebleus() -> None:
 
 
 def test_self_bleu_is_1_for_copies_and_near_0_for_strangers() -> None:
+    def self_bleu(answers: list[str]) -> float | None:
+        return SelfBleu(answers).of(np.arange(len(answers)))
+
     assert self_bleu(["the same long answer here"] * 3) == pytest.approx(1)
     strangers = self_bleu(["one two three four", "five six seven eight"])
     assert strangers is not None
     assert strangers < 0.1
     assert self_bleu(["alone"]) is None
+    assert self_bleu(["", ""]) == 0
+
+
+def test_self_bleu_of_some_answers_is_the_mean_of_sacrebleus_sentences() -> None:
+    random = np.random.default_rng(0)
+    words = ["a", "b", "the", "lamp", "red", "is", "is", "39.90", "euros,", "(new)"]
+    answers = [" ".join(random.choice(words, random.integers(0, 12))) for _ in range(9)]
+    found = SelfBleu(answers)
+    for chosen in (np.arange(9), np.array([0, 2, 5, 6]), np.array([7, 8])):
+        texts = [answers[i] for i in chosen]
+        expected = [bleu(text, [*texts[:i], *texts[i + 1 :]]) for i, text in enumerate(texts)]
+        assert found.of(chosen) == pytest.approx(sum(expected) / len(expected))
