@@ -33,6 +33,7 @@ ANY_OBJECT: Schema = {"type": "object"}
 LONGEST = 100_000  # characters of a schema
 # llguidance recurses from schema to schema: 5 KB for each in another, which takes 10 characters at least.
 STACK = 256 << 20  # bytes
+NOTHING = "the JSON schema: nothing that the tokenizer can write satisfies it"
 # Space or a line with its indentation, once at each place where JSON takes white space: a model that is at a loss may
 # otherwise write spaces for ever.
 SPACE = r" |\n[ \t]{0,80}"
@@ -101,7 +102,7 @@ class _Answer:
         allowed[self._end_tokens] = self._matcher.is_accepting()  # some of them may be ordinary text elsewhere
         _raise_problem(self._matcher)
         if not allowed.any():
-            raise InputRefused("the JSON schema needs text that the tokenizer has no tokens for")
+            raise InputRefused(NOTHING)
         return allowed
 
 
@@ -147,7 +148,7 @@ def _raise_problem(matcher: LLMatcher) -> None:
         return
     problem = matcher.get_error().removesuffix("\n<non-verbose/>")
     if problem == "NoExtensionBias":
-        raise InputRefused("the JSON schema: nothing satisfies it")
+        raise InputRefused(NOTHING)
     raise InputRefused(one_line(f"the JSON schema cannot be used: {problem[-300:]}"))
 
 
