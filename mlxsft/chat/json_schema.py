@@ -124,7 +124,7 @@ def _grammar(schema: Schema, opening: str) -> str:
 
     settings = {"whitespace_pattern": SPACE, "lenient": False}
     try:
-        text = json.dumps({**schema, "x-guidance": settings}, allow_nan=False)
+        text = json.dumps({**schema, "x-guidance": settings}, allow_nan=False, separators=(",", ":"))
     except (ValueError, RecursionError) as error:
         raise InputRefused(f"the JSON schema: {error}") from error
     if len(text) > LONGEST:
