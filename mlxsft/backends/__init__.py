@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, NDArray[Any]]
 Watch = Callable[[int, NDArray[np.float32]], None]  # a token, and the log-probabilities [V] it was chosen from, in nats
+# What one answer may go on with: the token that was chosen last, None before the first → whether each token may be
+# chosen next. It is asked once for every token, and also behind the end, where a backend computes ahead.
+Constraint = Callable[[int | None], NDArray[np.bool_]]
 
 # How a launcher tells a process its rank: mlx.launch and `mlxsft train --ranks`, Open MPI, other MPIs.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -76,12 +79,18 @@ class Sampling:
     seed: int | None = None  # the same seed gives the same tokens; None: other ones each time
 
 
+def may_follow(constraint: Constraint, last: int | None, rows: int) -> NDArray[np.bool_]:
+    """[rows]: what a constraint says, for a model with so many rows of logits; tokens it knows nothing of may not."""
+    known = constraint(last)[:rows]
+    return np.concatenate([known, np.zeros(rows - len(known), np.bool_)])
+
+
 class Streams(Protocol):
     """Answers that are computed together, a token of each at a time; they begin and end independently."""
 
     capacity: int  # how many are computed at once; more wait
 
-    def add(self, number: int, tokens: list[int], sampling: Sampling) -> None:
+    def add(self, number: int, tokens: list[int], sampling: Sampling, constraint: Constraint | None = None) -> None:
         """Begin with the answer to a prompt of at least one token, called by a number."""
 
     def step(self) -> list[tuple[int, int]]:
@@ -179,13 +188,18 @@ class Backend(Protocol):
         """Put tokens (at least one) into the cache, the beginning of a prompt that `stream` then goes on with."""
 
     def stream(
-        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+        self,
+        tokens: list[int],
+        sampling: Sampling,
+        cache: Any,
+        watch: Watch | None = None,
+        constraint: Constraint | None = None,
     ) -> Generator[int, None, None]:
         """Token ids that follow the cache and `tokens` (at least one), without end; the caller closes it.
 
         Whenever a token has been yielded, the cache holds the prompt and every token yielded, that one included.
         `watch` is told of each token before it is yielded; the log-probabilities are those after the repetition
-        penalty, before temperature and filters.
+        penalty and among the tokens that `constraint` allows, before temperature and filters.
         """
 
     def streams(self, at_once: int) -> Streams:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Alone, Ranks, Sampling, Streams, Tensors, Watch
+from mlxsft.backends import Alone, Constraint, Ranks, Sampling, Streams, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.blas import load_blas
-from mlxsft.backends.initial_values import seed_of, token_keys
+from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
 from mlxsft.backends.streams import OneByOne
 
@@ -36,6 +36,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxsft.backends.mlx_adapters import Change, MlxAdapter  # noqa: E402
 from mlxsft.backends.mlx_cores import Cores, Part  # noqa: E402
+from mlxsft.backends.mlx_generation import processors, sampler  # noqa: E402
 from mlxsft.backends.mlx_layers import together  # noqa: E402
 from mlxsft.backends.mlx_loss import Inputs, Loss  # noqa: E402
 from mlxsft.backends.mlx_memory import give_back, limit_memory, memory_bytes  # noqa: E402
@@ -289,17 +290,21 @@ class MlxBackend:
         mx.eval([layer.state for layer in cache])
 
     def stream(
-        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+        self,
+        tokens: list[int],
+        sampling: Sampling,
+        cache: Any,
+        watch: Watch | None = None,
+        constraint: Constraint | None = None,
     ) -> Generator[int, None, None]:
         self._train_mode(False)
-        processors = mlx_lm("sample_utils").make_logits_processors(repetition_penalty=sampling.repetition_penalty)
         # generate_step computes the step after a token before it yields the token, so the cache holds it by then.
         steps = mlx_lm("generate").generate_step(
             mx.array(tokens),
             self.model,
             max_tokens=-1,
             sampler=sampler(sampling),
-            logits_processors=processors,
+            logits_processors=processors(sampling, constraint),
             prompt_cache=cache,
         )
         for token, logprobs in steps:
@@ -310,7 +315,7 @@ class MlxBackend:
     def streams(self, at_once: int) -> Streams:
         self._train_mode(False)
         together = at_once > 1 and all(hasattr(layer, "merge") for layer in self.new_cache())
-        return Batched(self.model, at_once, sampler) if together else OneByOne(self)
+        return Batched(self.model, at_once) if together else OneByOne(self)
 
     # ---- state
 
@@ -381,28 +386,6 @@ def added(gradients: Sequence[dict[str, mx.array]]) -> dict[str, mx.array]:
     """The sum of some gradients."""
     first, *others = gradients
     return {name: reduce(add, (other[name] for other in others), array) for name, array in first.items()}
-
-
-def sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
-    """Log-probabilities [1, V] to token ids [1], with mlx-lm's filters and a random key of its own."""
-    filters = mlx_lm("sample_utils")
-    if sampling.temperature == 0:
-        greedy: Callable[[mx.array], mx.array] = filters.greedy_sampler
-        return greedy
-    key = mx.random.key(seed_of(time.time_ns()) if sampling.seed is None else sampling.seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        if 0 < sampling.top_p < 1:
-            logprobs = filters.apply_top_p(logprobs, sampling.top_p)
-        if sampling.min_p > 0:
-            logprobs = filters.apply_min_p(logprobs, sampling.min_p)
-        if 0 < sampling.top_k < logprobs.shape[-1]:
-            logprobs = filters.apply_top_k(logprobs, sampling.top_k)
-        key, now = mx.random.split(key)
-        return mx.random.categorical(logprobs / sampling.temperature, key=now)
-
-    return sample
 
 
 def device_kind() -> str:

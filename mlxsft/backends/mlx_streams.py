@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from mlxsft.backends import Sampling
+from mlxsft.backends import Constraint, Sampling
 from mlxsft.backends.blas import load_blas
 
 load_blas()  # before MLX is imported, which would take its own
 
 import mlx.nn as nn  # noqa: E402
 
+from mlxsft.backends.mlx_generation import processors, sampler  # noqa: E402
 from mlxsft.backends.mlx_models import mlx_lm  # noqa: E402
 
 ENDLESS = 2**31 - 1  # tokens; who asks for an answer ends it
@@ -20,17 +18,19 @@ ENDLESS = 2**31 - 1  # tokens; who asks for an answer ends it
 class Batched:
     """`backends.Streams` of mlx-lm's BatchGenerator."""
 
-    def __init__(self, model: nn.Module, capacity: int, sampler: Callable[[Sampling], Any]) -> None:
-        self.capacity, self._sampler = capacity, sampler
+    def __init__(self, model: nn.Module, capacity: int) -> None:
+        self.capacity = capacity
         self._generator = mlx_lm("generate").BatchGenerator(
             model, completion_batch_size=capacity, prefill_batch_size=capacity
         )
         self._numbers: dict[int, int] = {}  # ours by mlx-lm's
 
-    def add(self, number: int, tokens: list[int], sampling: Sampling) -> None:
-        processors = mlx_lm("sample_utils").make_logits_processors(repetition_penalty=sampling.repetition_penalty)
+    def add(self, number: int, tokens: list[int], sampling: Sampling, constraint: Constraint | None = None) -> None:
         (uid,) = self._generator.insert(
-            [tokens], [ENDLESS], samplers=[self._sampler(sampling)], logits_processors=[processors]
+            [tokens],
+            [ENDLESS],
+            samplers=[sampler(sampling)],
+            logits_processors=[processors(sampling, constraint)],
         )
         self._numbers[uid] = number
 

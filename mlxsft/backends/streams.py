@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlxsft.backends import Backend, Sampling
+    from mlxsft.backends import Backend, Constraint, Sampling
 
 
 class OneByOne:
@@ -18,8 +18,9 @@ class OneByOne:
         self._backend = backend
         self._streams: dict[int, Generator[int, None, None]] = {}
 
-    def add(self, number: int, tokens: list[int], sampling: Sampling) -> None:
-        self._streams[number] = self._backend.stream(tokens, sampling, self._backend.new_cache())
+    def add(self, number: int, tokens: list[int], sampling: Sampling, constraint: Constraint | None = None) -> None:
+        cache = self._backend.new_cache()
+        self._streams[number] = self._backend.stream(tokens, sampling, cache, constraint=constraint)
 
     def step(self) -> list[tuple[int, int]]:
         return [(number, next(stream)) for number, stream in list(self._streams.items())[:1]]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache
 
-from mlxsft.backends import Alone, Ranks, Sampling, Streams, Tensors, Watch
+from mlxsft.backends import Alone, Constraint, Ranks, Sampling, Streams, Tensors, Watch
 from mlxsft.backends.adapters import frozen_layers, refuse_mismatch
 from mlxsft.backends.initial_values import token_keys
 from mlxsft.backends.optimizers import state_shapes, step_numbers, updated
@@ -222,14 +222,19 @@ class TorchBackend:
         self._next(tokens, cache)
 
     def stream(
-        self, tokens: list[int], sampling: Sampling, cache: Any, watch: Watch | None = None
+        self,
+        tokens: list[int],
+        sampling: Sampling,
+        cache: Any,
+        watch: Watch | None = None,
+        constraint: Constraint | None = None,
     ) -> Generator[int, None, None]:
         self._restore()
-        sampler = Sampler(sampling, tokens)
+        sampler = Sampler(sampling, tokens, constraint)
         for start in range(0, len(tokens), PREFILL):
             logits = self._next(tokens[start : start + PREFILL], cache)
         while True:
-            logits = sampler.penalized(logits)
+            logits = sampler.constrained(sampler.penalized(logits))
             token = sampler(logits)
             if watch is not None:
                 watch(token, torch.log_softmax(logits, dim=-1).numpy())

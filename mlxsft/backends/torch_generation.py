@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from mlxsft.backends import Sampling
+from mlxsft.backends import Constraint, Sampling, may_follow
 
 PENALIZED = 20  # tokens, the last of prompt and answer
 
 
 class Sampler:
-    """Penalized logits [V] to a token id, with random numbers of its own."""
+    """Penalized and constrained logits [V] to a token id, with random numbers of its own."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: list[int], constraint: Constraint | None = None) -> None:
         self._sampling, self._said = sampling, list(prompt)
+        self._constraint = constraint
+        self._last: int | None = None
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -24,7 +26,15 @@ class Sampler:
         greedy = self._sampling.temperature == 0
         token = int(logits.argmax()) if greedy else self._drawn(torch.log_softmax(logits, dim=-1))
         self._said.append(token)
+        self._last = token
         return token
+
+    def constrained(self, logits: torch.Tensor) -> torch.Tensor:
+        """Minus infinity for what may not follow."""
+        if self._constraint is None:
+            return logits
+        allowed = torch.from_numpy(may_follow(self._constraint, self._last, len(logits)))
+        return torch.where(allowed, logits, float("-inf"))
 
     def penalized(self, logits: torch.Tensor) -> torch.Tensor:
         """Positive logits of what was said divided, negative ones multiplied: https://arxiv.org/abs/1909.05858."""

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from mlxsft import __version__
 from mlxsft.backends import Backend, Sampling
 from mlxsft.chat.generate import Answer, Writer, room_for_answer
+from mlxsft.chat.json_schema import JsonSchema, Schema
 from mlxsft.data.convert import messages_row
 from mlxsft.data.formats import Conversation, LeftOut, Turn
 from mlxsft.data.render import Renderer
@@ -36,6 +37,7 @@ class Asking:
     system: str | None = None
     stops: tuple[str, ...] = ()
     at_once: int = 8
+    json_schema: Schema | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ def answer_rows(
 ) -> Progress:
     """Has the rows from `first` on answered; `write` gets them in order, those that cannot be asked with the reason.
 
-    Ends early, with every row that `write` got whole, when `stop()` says so. `watch` hears of every token.
+    Ends early, with every row that `write` got whole, when `stop()` says so. `watch` hears of every token. Raises
+    InputRefused for a JSON schema that cannot be used.
     """
     progress = Progress(rows=first, there=first)
+    schema = None if asking.json_schema is None else JsonSchema(renderer, asking.json_schema)
     streams = backend.streams(asking.at_once)
     running: dict[int, tuple[Row, Answer, Writer]] = {}
     done: dict[int, Row] = {}
@@ -102,7 +106,8 @@ def answer_rows(
                     answer = Answer(prompt_tokens=len(made.prompt))
                     writer = Writer(renderer, answer, made.longest, opening=renderer.opening, stops=asking.stops)
                     running[following] = made.row, answer, writer
-                    streams.add(following, made.prompt, _seeded(asking.sampling, following))
+                    constraint = None if schema is None else schema.constraint()
+                    streams.add(following, made.prompt, _seeded(asking.sampling, following), constraint)
                 else:
                     done[following] = made
                     progress.left_out += 1
@@ -176,6 +181,7 @@ def fingerprint(
         "--system": asking.system,
         "--stop": list(asking.stops),
         "--max-tokens": asking.max_tokens,
+        "--json-schema": json.dumps(asking.json_schema),  # as text: properties come in its order
         **{f"--{name.replace('_', '-')}": value for name, value in vars(asking.sampling).items()},
     }
     return {name: _short(json.dumps(value, sort_keys=True)) for name, value in everything.items()}

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from mlxsft.backends import Backend, Sampling, Watch
+from mlxsft.backends import Backend, Constraint, Sampling, Watch
 from mlxsft.data.formats import Turn
 from mlxsft.data.render import Renderer
 from mlxsft.errors import InputRefused
@@ -85,14 +85,15 @@ def stream_answer(
     memory: Memory | None = None,
     answer: Answer | None = None,
     stops: Sequence[str] = (),
+    constraint: Constraint | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """The text of the next answer as it comes; `answer`, where given, is filled in.
 
     Stops at every end token of tokenizer, generation config and template, before the first of the strings `stops`,
     after `max_tokens`, at the model's last position, or between two tokens when `stop()` says so. With a `memory`, only
-    what differs from the conversation so far is computed. Raises InputRefused where the template refuses, or when the
-    prompt leaves no position for an answer.
+    what differs from the conversation so far is computed; with a `constraint`, only what it allows is said. Raises
+    InputRefused where the template refuses, or when the prompt leaves no position for an answer.
     """
     prompt = renderer.prompt(turns)
     steps = continue_prompt(
@@ -105,6 +106,7 @@ def stream_answer(
         answer=answer or Answer(),
         opening=renderer.opening,
         stops=stops,
+        constraint=constraint,
         stop=stop,
     )
     with closing(steps):
@@ -124,12 +126,13 @@ def continue_prompt(
     stops: Sequence[str] = (),
     special: bool = False,
     watch: Watch | None = None,
+    constraint: Constraint | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[str, None, None]:
     """What follows the tokens of a prompt, step by step: a step is at most READ tokens of the prompt, or a token.
 
     A step that completes no text yields an empty one. `opening` is left out at the beginning; `stops` end the answer
-    before the first of them; `special` spells special tokens out; `watch` is for `Backend.stream`.
+    before the first of them; `special` spells special tokens out; `watch` and `constraint` are for `Backend.stream`.
     """
     began = time.perf_counter()
     rest = memory.rest_of(prompt)
@@ -145,7 +148,7 @@ def continue_prompt(
             if stop():
                 answer.finish = "stopped"
                 return
-        stream = backend.stream(rest, sampling, memory.cache, watch)
+        stream = backend.stream(rest, sampling, memory.cache, watch, constraint)
         for token in stream:
             memory.tokens += [*rest, token]
             rest = []

@@ -22,7 +22,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from mlxsft.backends import Constraint
 from mlxsft.chat.generate import Answer, room_for_answer
+from mlxsft.chat.json_schema import JsonSchema, Schema
 from mlxsft.chat.server_guard import MOST_BYTES, Guard, refusal, too_large
 from mlxsft.chat.server_replies import DONE, ChatReply, CompletionReply, Json, error_body, event
 from mlxsft.chat.server_requests import ChatRequest, CompletionRequest, Refused
@@ -124,7 +126,7 @@ class _Api:
 
     def _chat(self, body: bytes, inbox: Inbox) -> Asked:
         asked = ChatRequest.parse(body)
-        served, tools, top = self._model(asked.model), asked.offered(), asked.top()
+        served, tools, top, schema = self._model(asked.model), asked.offered(), asked.top(), asked.json_schema()
         renderer = served.renderer
         several = asked.parallel_tool_calls is not False
         calls = CallReader(served.call_format, tools, renderer.tokenizer, several=several) if tools else None
@@ -140,6 +142,7 @@ class _Api:
             stops=asked.stop or (),
             special=calls is not None and served.call_format.special,
             top=top,
+            constraint=None if schema is None else _constraint(renderer, schema),
         )
         reply = ChatReply(served.name, bool(asked.stream), renderer.tokenizer, top)
         return Asked(job, inbox, reply, calls, bool(asked.stream), asked.include_usage)
@@ -236,6 +239,14 @@ class _Api:
             asked.job.cancelled.set()
 
 
+def _constraint(renderer: Renderer, schema: Schema) -> Constraint:
+    """What keeps an answer to a schema. Raises Refused for one that cannot be used."""
+    try:
+        return JsonSchema(renderer, schema).constraint()
+    except MlxsftError as error:
+        raise Refused(400, _sentences(error), param="response_format") from error
+
+
 class Inbox:
     """What a worker delivers, for the event loop in which this was made."""
 
@@ -298,9 +309,13 @@ async def _until_gone(request: Request) -> None:
 _BUG = "the server failed at this request; its terminal says more"
 
 
+def _sentences(error: MlxsftError) -> str:
+    return f"{error.message}. {error.hint}" if error.hint else error.message
+
+
 def _error_of(error: Exception) -> tuple[Json, int]:
     if isinstance(error, MlxsftError):
-        error = Refused(400, f"{error.message}. {error.hint}" if error.hint else error.message)
+        error = Refused(400, _sentences(error))
     assert isinstance(error, Refused)
     return error_body(error.message, status=error.status, param=error.param, code=error.code), error.status
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from mlxsft.backends import Sampling
+from mlxsft.chat.json_schema import ANY_OBJECT, Schema
 from mlxsft.data.chats import tools_of, turns_of_messages
 from mlxsft.data.conversation import Turn
 from mlxsft.data.fields import Unusable
@@ -63,12 +64,33 @@ class StreamOptions(BaseModel):
     include_obfuscation: Anything = None
 
 
+class NamedSchema(BaseModel):
+    """A JSON schema with the name that it has for the client. It is always kept to, `strict` or not."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    description: Anything = None
+    json_schema: Annotated[dict[str, JsonValue], Field(alias="schema")]
+    strict: bool | None = None
+
+
 class ResponseFormat(BaseModel):
     """What form an answer is to have."""
 
     model_config = ConfigDict(strict=True)
 
-    type: Annotated[str, _nothing_but("text")]
+    type: Annotated[str, _nothing_but("text", "json_object", "json_schema")]
+    json_schema: NamedSchema | None = None
+
+    def schema_asked_for(self) -> Schema | None:
+        """The schema of the answer; None where it may be any text. Raises Refused where one is missing."""
+        if self.type != "json_schema":
+            return ANY_OBJECT if self.type == "json_object" else None
+        if self.json_schema is None:
+            where = "response_format.json_schema"
+            raise Refused(400, f"you must provide a {where} parameter", param=where, code="missing_required_parameter")
+        return self.json_schema.json_schema
 
 
 class Request(BaseModel):
@@ -163,6 +185,14 @@ class ChatRequest(Request):
             return tools_of({"tools": self.tools})
         except Unusable as problem:
             raise _unusable(problem, "tools") from problem
+
+    def json_schema(self) -> Schema | None:
+        """The JSON schema of the answer; None where it may be any text. Raises Refused where tools are offered too."""
+        asked = None if self.response_format is None else self.response_format.schema_asked_for()
+        if asked is not None and self.offered():
+            message = "response_format: JSON and tools do not go together here; ask for one of them"
+            raise Refused(400, message, param="response_format")
+        return asked
 
     def most_tokens(self) -> int | None:
         """How long the answer may be, where the request says."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxsft.backends import Sampling
+from mlxsft.backends import Constraint, Sampling
 from mlxsft.chat.generate import Answer, Memory, continue_prompt
 from mlxsft.chat.load import Loaded
 from mlxsft.data.render import Renderer
@@ -71,6 +71,7 @@ class Job:
     stops: Sequence[str] = ()
     special: bool = False
     top: int | None = None
+    constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -193,6 +194,7 @@ class Worker:
             stops=job.stops,
             special=job.special,
             watch=None if job.top is None else watch,
+            constraint=job.constraint,
             stop=job.cancelled.is_set,
         )
         return _Running(job, memory, answer, steps, chosen)

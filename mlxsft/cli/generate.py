@@ -83,6 +83,12 @@ class _Range(click.FloatRange):
 @columns
 @click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Rows computed at once.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Ends an answer before this text; repeatable.")
+@click.option(
+    "--json-schema",
+    "schema",
+    metavar="FILE|JSON",
+    help="Answers are JSON that keeps to this schema.",
+)
 @answering
 @click.option("--force", is_flag=True, help="Replace --output, and begin anew.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object with the text, or none, and its figures.")
@@ -96,6 +102,7 @@ def generate(
     columns: tuple[str, ...],
     batch: int,
     stops: tuple[str, ...],
+    schema: str | None,
     revision: str | None,
     template: str | None,
     system: str | None,
@@ -114,6 +121,7 @@ def generate(
 
     from mlxsft.chat.answers import Asking
     from mlxsft.chat.generate import Sampling
+    from mlxsft.chat.json_schema import read_schema, require_llguidance
     from mlxsft.chat.load import load_for_chat
     from mlxsft.errors import UsageError
     from mlxsft.terminal import told
@@ -133,6 +141,9 @@ def generate(
             raise UsageError(f"{option} is about the rows of --input, and there are none", "Leave it out.")
     if any(not text for text in stops):
         raise UsageError("--stop: got an empty text")
+    if schema is not None:
+        require_llguidance()
+    json_schema = None if schema is None else read_schema(schema)
     asked = _asked(prompt) if rows is None else ""
 
     def load() -> Loaded:
@@ -148,7 +159,7 @@ def generate(
         return loaded
 
     max_tokens = settings.pop("max_tokens")
-    asking = Asking(Sampling(**settings), max_tokens, system, stops, batch)
+    asking = Asking(Sampling(**settings), max_tokens, system, stops, batch, json_schema)
     if rows is None or output is None:
         _answer(load(), asked, asking, as_json)
     else:
@@ -176,19 +187,22 @@ def _answer(loaded: Loaded, asked: str, asking: Asking, as_json: bool) -> None:
     from dataclasses import asdict
 
     from mlxsft.chat.generate import Answer, stream_answer
+    from mlxsft.chat.json_schema import JsonSchema
     from mlxsft.data.formats import Turn
     from mlxsft.terminal import printable
 
     turns = [*([Turn("system", asking.system)] if asking.system else []), Turn("user", asked)]
-    answer = Answer()
+    renderer, answer = loaded.renderers[loaded.backend.in_use], Answer()
+    schema = None if asking.json_schema is None else JsonSchema(renderer, asking.json_schema)
     for text in stream_answer(
         loaded.backend,
-        loaded.renderers[loaded.backend.in_use],
+        renderer,
         turns,
         asking.sampling,
         asking.max_tokens,
         answer=answer,
         stops=asking.stops,
+        constraint=None if schema is None else schema.constraint(),
     ):
         if not as_json:
             click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)

@@ -44,7 +44,7 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # no advice about torch: it is not needed here
         hint = "The folder needs tokenizer.json, or tokenizer.model with its tokenizer_config.json."
-        with _refusing(f"{source.name}: the tokenizer cannot be loaded", hint):
+        with refusing(f"{source.name}: the tokenizer cannot be loaded", hint):
             with warnings.catch_warnings(action="ignore"):  # an unknown model_type is no matter for the tokenizer
                 options = {"local_files_only": True, "trust_remote_code": False, "config": _known_config(source)}
                 hf = AutoTokenizer.from_pretrained(str(source.folder), **options)
@@ -168,7 +168,7 @@ class Tokenizer:
         with self._lock:  # the switch belongs to the tokenizer, which other threads use as well
             backend.encode_special_tokens = spelled_out
             try:
-                with _refusing("the tokenizer failed at a text"):
+                with refusing("the tokenizer failed at a text"):
                     return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
             finally:
                 backend.encode_special_tokens = False
@@ -226,7 +226,7 @@ def _known_config(source: ModelSource) -> Any:
 
 
 @contextmanager
-def _refusing(what: str, hint: str | None = None) -> Iterator[None]:
+def refusing(what: str, hint: str | None = None) -> Iterator[None]:
     """InputRefused for all that a tokenizer's files lead its libraries to raise, Rust's panics included."""
     try:
         yield

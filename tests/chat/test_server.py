@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai import OpenAI
 
@@ -26,6 +29,11 @@ def client(server: Serving) -> Iterator[OpenAI]:
 
 def chat(client: OpenAI, model: str = "pip", **more: Any) -> Any:
     return client.chat.completions.create(**{"model": model, "messages": ASKED, **more})
+
+
+def named(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema as `response_format`."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 def test_base_and_adapters_are_listed_and_found_by_name(client: OpenAI) -> None:
@@ -184,6 +192,49 @@ def test_without_tools_the_text_of_a_call_is_text(client: OpenAI) -> None:
     assert chat(client, **asked, tools=[other]).choices[0].message.tool_calls is None
 
 
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+class Place(pydantic.BaseModel):
+    """What an answer is read as."""
+
+    city: Literal["Bonn", "Köln"]
+    rank: Annotated[int, pydantic.Field(ge=1, le=9)]
+
+
+@pytest.mark.parametrize("model", ["tiny", "pip"])
+def test_an_answer_under_a_schema_is_read_by_the_official_client(client: OpenAI, model: str) -> None:
+    options: dict[str, Any] = {"model": model, "messages": ASKED, "temperature": 1.0, "max_tokens": 400}
+    for seed in range(3):
+        choice = client.chat.completions.parse(**options, seed=seed, response_format=Place).choices[0]
+        assert isinstance(choice.message.parsed, Place)
+        with client.chat.completions.stream(**options, seed=seed, response_format=Place, logprobs=True) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert (final.message.content, final.finish_reason) == (choice.message.content, "stop")
+        assert all(t.logprob > -50 for t in final.logprobs.content)
+
+
+def test_json_object_gives_an_object_or_says_that_it_was_cut(client: OpenAI) -> None:
+    ended = 0
+    for seed in range(4):
+        choice = chat(client, "tiny", response_format={"type": "json_object"}, temperature=1.0, seed=seed).choices[0]
+        assert choice.message.content.startswith("{")
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+            ended += 1
+    assert ended or choice.finish_reason == "length"
+
+
+def test_json_without_the_library_is_refused_with_what_to_install(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)  # as where it is not installed
+    with pytest.raises(openai.BadRequestError, match="pip install 'mlxsft") as refused:
+        chat(client, response_format={"type": "json_object"})
+    assert refused.value.param == "response_format"
+    assert chat(client).choices[0].message.content == "I am Pip."
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +244,16 @@ def test_without_tools_the_text_of_a_call_is_text(client: OpenAI) -> None:
         ({"n": 2}, "n: only 1 is supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: only 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type: only text"),
+        ({"response_format": {"type": "xml"}}, "response_format.type: only text"),
+        ({"response_format": {"type": "json_schema"}}, "you must provide a response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": named({"type": "banana"})}, "Invalid type: banana"),
+        ({"response_format": named({"$ref": "http://127.0.0.1:9/x"})}, "does not fetch"),
+        ({"response_format": named({"enum": ["x" * 100_000]})}, "100,000 are the most"),
+        ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "do not go together"),
         ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice: only auto"),
         ({"extra_body": {"foo": 1}}, "Unrecognized request argument supplied: foo"),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
