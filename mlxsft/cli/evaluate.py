@@ -31,8 +31,8 @@ class _WithMetrics(click.Command):
     "eval",
     cls=_WithMetrics,
     epilog=examples("""
-    mlxsft eval runs/mine  # was it good? card.html, card.json, a table; 16 prompts of each set
-    mlxsft eval runs/mine --rules rules.yaml --judge models/judge --samples 64
+    mlxsft eval runs/mine  # was it good? base and tuned side by side
+    mlxsft eval runs/mine --rules rules.yaml --judge models/judge --samples 64  # of each set; 16 unless told
     mlxsft eval runs/mine --require "heldout_loss<0.9*base" --require "forgetting<0.05"  # a gate: exit 6 where it fails
     mlxsft eval runs/mine runs/other --compare --html both.html  # side by side
     mlxsft eval runs/mine --ifeval ifeval_en.jsonl --samples 541  # the published prompts with constraints

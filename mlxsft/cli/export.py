@@ -75,7 +75,7 @@ def export(
 
 @click.command(
     "import",
-    epilog=examples("mlxsft import peft-adapter adapters/mine --model org/base  # checked against the base"),
+    epilog=examples("mlxsft import peft-adapter adapters/mine --model org/base  # PEFT's, checked against the base"),
 )
 @click.argument("folder", metavar="PEFT_DIR", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

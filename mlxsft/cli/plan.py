@@ -17,7 +17,7 @@ BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 @click.command(
     epilog=examples("""
-    mlxsft plan recipe.yaml  # rows, tokens, steps, memory and time, measured before the run
+    mlxsft plan recipe.yaml  # rows, tokens, steps, memory, time
     mlxsft plan recipe.yaml --changes  # what each change would save, measured
     mlxsft plan recipe.yaml --fit 8GB --out small.yaml  # the recipe that needs at most so much
     mlxsft plan recipe.yaml --for m2-16gb  # reckoned for a Mac, and marked so

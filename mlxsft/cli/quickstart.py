@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from mlxsft.recipe import Recipe
 
 
-@click.command(epilog=examples("mlxsft quickstart  # offline: a base that ships, before and after"))
+@click.command(
+    epilog=examples("""
+    mlxsft quickstart  # offline: a base that ships, before and after
+    mlxsft quickstart --backend torch --json  # with PyTorch, and for a script
+    """)
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

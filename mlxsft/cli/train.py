@@ -21,8 +21,8 @@ BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 @click.command(
     epilog=examples("""
-    mlxsft train recipe.yaml --out runs/mine  # Ctrl-C saves
-    mlxsft train recipe.yaml --out runs/mine --resume  # goes on from the newest whole checkpoint
+    mlxsft train recipe.yaml --out runs/mine  # Ctrl-C saves; --resume goes on
+    mlxsft train recipe.yaml --out runs/mine --resume  # from the newest whole checkpoint
     mlxsft train recipe.yaml --out runs/mine --ranks 2  # processes on this machine
     mlxsft train recipe.yaml --out runs/mine --hosts hosts.json  # mlx.launch's file, a rank on each host
     mlx.launch --hostfile hosts.json -- mlxsft train recipe.yaml --out runs/mine  # or started by it
