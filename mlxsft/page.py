@@ -25,6 +25,11 @@ border-top:1px solid var(--line);overflow-wrap:anywhere}svg{width:100%;height:au
 """
 
 
+def model_name(model: str) -> str:
+    """What a page calls a model: its id on the Hub, or the name of its folder."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def document(title: str, parts: list[str], style: str = "") -> str:
     """The HTML of a page around its parts, which are HTML already."""
     return (

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mlxsft.cli import call
 from mlxsft.recipe import load_recipe
 from tests.tiny import write_llama
 from tests.training.test_run import events, train
@@ -53,13 +52,3 @@ def test_every_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     model = write_llama(tmp_path / "model")
     assert train(recipe, tmp_path / "run", f"model={model}", "train.steps=2", "data.max_tokens=128") == 0
     assert len(events(tmp_path / "run", "step")) == 2
-
-
-def test_the_readme_names_commands_and_files_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line.partition("#")[0] for line in readme.splitlines() if line.startswith("mlxsft ")]
-    assert len(lines) >= 8
-    for line in lines:
-        words = [w for w in line.split()[1:3] if w.isalpha() and w not in ("recipe",)]
-        assert call([*words, "--help"]) == 0
-    assert "recipes/first-run.yaml" in readme

@@ -8,6 +8,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mlxsft.cli.examples import examples
+
 FOLDER = click.Path(path_type=Path)
 METHODS = click.Choice(["cat", "linear", "ties", "dare", "dare-ties"])
 STRONGEST = 5  # modules that `show` names
@@ -18,7 +20,7 @@ def adapters() -> None:
     """List adapters, show what one is, compare two, merge several."""
 
 
-@adapters.command("list")
+@adapters.command("list", epilog=examples("mlxsft adapters list runs adapters  # what is there, in either layout"))
 @click.argument("folders", metavar="[FOLDER]...", nargs=-1, type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an adapter, in a list.")
 def list_(folders: tuple[Path, ...], as_json: bool) -> None:
@@ -38,7 +40,9 @@ def list_(folders: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"No adapters below {', '.join(str(f.resolve()) for f in folders or (Path(),))}.")
 
 
-@adapters.command()
+@adapters.command(
+    epilog=examples("mlxsft adapters show runs/mine --model org/base  # what it was trained on, where it changes most")
+)
 @click.argument("adapter", type=FOLDER)
 @click.option("--model", help="The base, a folder or a Hub id, to check the passport against.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
@@ -62,7 +66,7 @@ def show(adapter: Path, model: str | None, revision: str | None, as_json: bool) 
         told(f"note: {note}")
 
 
-@adapters.command()
+@adapters.command(epilog=examples("mlxsft adapters diff runs/mine runs/other  # settings, modules, distance"))
 @click.argument("one", type=FOLDER)
 @click.argument("other", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
@@ -93,7 +97,12 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
         )
 
 
-@adapters.command("merge")
+@adapters.command(
+    "merge",
+    epilog=examples(
+        "mlxsft adapters merge runs/mine runs/other --out both --weights 0.7,0.3 --method ties  # of one base"
+    ),
+)
 @click.argument("folders", metavar="ADAPTER...", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="The folder of the merged adapter.")
 @click.option(

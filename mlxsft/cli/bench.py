@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxsft.cli.examples import examples
 from mlxsft.cli.train import BACKENDS
 
 if TYPE_CHECKING:
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
     from mlxsft.models.source import ModelSource
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft bench  # how fast this machine is; a base that ships, offline
+    mlxsft bench Qwen/Qwen2.5-0.5B-Instruct --json > mine.json  # or any model, quantized or not
+    mlxsft bench --compare mine.json yours.json  # side by side; --markdown for a table
+    """)
+)
 @click.argument("names", metavar="[MODEL]", nargs=-1)
 @click.option("--compare", is_flag=True, help="Lay results side by side: name files that --json wrote, not a MODEL.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")

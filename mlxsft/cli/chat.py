@@ -7,10 +7,16 @@ from typing import Any
 
 import click
 
+from mlxsft.cli.examples import examples
 from mlxsft.cli.generate import answering
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft chat Qwen/Qwen2.5-0.5B-Instruct --adapter runs/mine  # in the terminal; /help lists its commands
+    mlxsft chat org/name --adapter runs/mine --adapter old=runs/other  # the first one answers; /adapter swaps
+    """)
+)
 @click.argument("model")
 @click.option(
     "--adapter",

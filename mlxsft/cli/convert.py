@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxsft.cli.examples import examples
+
 if TYPE_CHECKING:
     from mlxsft.models.check import CheckSettings
     from mlxsft.models.convert import Converted
@@ -64,7 +66,12 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft convert Qwen/Qwen2.5-0.5B-Instruct models/qwen --bits 4  # or a folder; without options as it is
+    mlxsft convert models/hf models/mlx --dtype bfloat16 --mixed mixed_3_6 --bits-for "lm_head=8,embed_tokens=6"
+    """)
+)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of what is not quantized.")
@@ -97,7 +104,12 @@ def convert(
     _convert(source, out, settings, revision, force, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft quantize models/mlx models/mlx-4bit --mode mxfp4  # a model that MLX has already
+    mlxsft quantize models/mlx models/small --check rows.jsonl --target-kl 0.02 --max-size 400MB  # most for the bytes
+    """)
+)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @quantizing

@@ -9,6 +9,7 @@ import click
 
 from mlxsft.cli import rows
 from mlxsft.cli.data_check import check, split
+from mlxsft.cli.examples import examples
 
 if TYPE_CHECKING:
     from mlxsft.data.sources import RowSource
@@ -26,7 +27,12 @@ data.add_command(check)
 data.add_command(split)
 
 
-@data.command()
+@data.command(
+    epilog=examples("""
+    mlxsft data show rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct -n 3  # which tokens are trained, marked
+    mlxsft data show "hf://tatsu-lab/alpaca:train[:500]" --model org/name  # every command takes data sets of the Hub
+    """)
+)
 @rows.files
 @rows.recipe_settings
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, help="How many rows.")
@@ -60,7 +66,11 @@ def show(
         click.echo(shown.to_json() if as_json else shown.to_text(plain=plain or not colours_wanted()))
 
 
-@data.command()
+@data.command(
+    epilog=examples(
+        "mlxsft data convert rows.csv --columns prompt=Frage,response=Antwort --out rows.jsonl  # as OpenAI messages"
+    )
+)
 @rows.files
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The JSONL file to write.")
 @rows.row_format

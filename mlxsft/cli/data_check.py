@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxsft.cli import rows
+from mlxsft.cli.examples import examples
 from mlxsft.cli.watching import watched
 
 if TYPE_CHECKING:
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft data check rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct  # copies, leaks, personal data: 21 findings
+    mlxsft data check train.jsonl --test test.jsonl --model org/name --fail-on leakage,secrets --html a.html  # a gate
+    """)
+)
 @rows.files
 @rows.recipe_settings
 @click.option("--valid", multiple=True, callback=rows.sources, help="Validation rows that training must not contain.")
@@ -86,7 +92,9 @@ def _close(gate: list[str], counts: dict[str, int]) -> None:
         raise GateFailed(f"found: {', '.join(found)}", "The report says where and what to do.")
 
 
-@click.command()
+@click.command(
+    epilog=examples("mlxsft data split rows.jsonl --out data --valid 0.1  # near-duplicates stay on one side")
+)
 @rows.files
 @click.option("--out", required=True, type=FILE, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
 @click.option("--valid", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True, help="Share.")

@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from mlxsft.cli.examples import examples
 
-@click.command()
+
+@click.command(epilog=examples("mlxsft doctor  # what this machine has, and what to install"))
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what this machine has, how fast it multiplies, and what to install."""

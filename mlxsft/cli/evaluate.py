@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mlxsft.cli.examples import examples
 from mlxsft.cli.train import BACKENDS
 
 if TYPE_CHECKING:
@@ -26,7 +27,17 @@ class _WithMetrics(click.Command):
             formatter.write_dl([(name, kind.help) for name, kind in METRICS.items()])
 
 
-@click.command("eval", cls=_WithMetrics)
+@click.command(
+    "eval",
+    cls=_WithMetrics,
+    epilog=examples("""
+    mlxsft eval runs/mine  # was it good? base and tuned side by side
+    mlxsft eval runs/mine --rules rules.yaml --judge models/judge --samples 64  # of each set; 16 unless told
+    mlxsft eval runs/mine --require "heldout_loss<0.9*base" --require "forgetting<0.05"  # a gate: exit 6 where it fails
+    mlxsft eval runs/mine runs/other --compare --html both.html  # side by side
+    mlxsft eval runs/mine --ifeval ifeval_en.jsonl --samples 541  # the published prompts with constraints
+    """),
+)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
 @click.option("--compare", is_flag=True, help="Lay several runs side by side; cards that are there already are read.")
 @click.option(

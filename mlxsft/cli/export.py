@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from mlxsft.cli.examples import examples
+
 # What --to takes → the function that writes it: (adapter, out, model=, force=, tell=) → Written.
 KINDS = {
     "peft": "mlxsft.models.peft:export_peft",
@@ -18,7 +20,16 @@ KINDS = {
 MORE = {"dtype": ("gguf", "ollama", "lmstudio"), "lora_only": ("gguf",), "progress": ("gguf", "ollama", "lmstudio")}
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft export runs/mine mine.gguf --to gguf --dtype q8_0  # base and adapter as one file; f16, bf16, f32 too
+    mlxsft export models/qwen qwen.gguf --to gguf  # or a model folder, quantized by MLX or not
+    mlxsft export runs/mine mine-lora.gguf --to gguf --lora-only  # for llama.cpp's --lora
+    mlxsft export runs/mine ollama/mine --to ollama  # with a Modelfile; prints `ollama create` and `run`
+    mlxsft export runs/mine mine.gguf --to lmstudio  # linked into LM Studio's folder of models
+    mlxsft export runs/mine peft-adapter --to peft  # for PEFT, transformers, vLLM
+    """)
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", "kind", type=click.Choice(list(KINDS)), required=True, help="For whom it is written.")
@@ -62,7 +73,10 @@ def export(
     show(written, as_json)
 
 
-@click.command("import")
+@click.command(
+    "import",
+    epilog=examples("mlxsft import peft-adapter adapters/mine --model org/base  # PEFT's, checked against the base"),
+)
 @click.argument("folder", metavar="PEFT_DIR", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", help="The base, a folder or a Hub id, to check the adapter against.")

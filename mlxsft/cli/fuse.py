@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxsft.cli.convert import GROUPS, MODES, writing
+from mlxsft.cli.examples import examples
 from mlxsft.cli.train import BACKENDS
 
 if TYPE_CHECKING:
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 BITS = click.Choice(["2", "3", "4", "5", "6", "8", "auto"])
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft fuse Qwen/Qwen2.5-0.5B-Instruct runs/mine models/mine  # one model with plain numbers
+    mlxsft fuse models/qwen-4bit runs/mine models/mine --bits auto  # as few bits as hold what was tuned
+    mlxsft fuse models/qwen-4bit runs/mine models/mine --check rows.jsonl --min-survival 0.95 --json
+    mlxsft fuse Qwen/Qwen2.5-0.5B-Instruct runs/mine models/hf --backend torch  # transformers' layout; needs no MLX
+    """)
+)
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mlxsft.chat.settings import SETTINGS, Setting
+from mlxsft.cli.examples import examples
 from mlxsft.cli.rows import columns, named_columns, row_format, sources
 from mlxsft.cli.train import BACKENDS
 
@@ -73,7 +74,13 @@ class _Range(click.FloatRange):
         return number
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft generate org/name "Who are you?" --adapter runs/mine  # the text alone on stdout
+    mlxsft generate org/name "Who are you?" --temperature 0.7 --seed 1 --json  # text, finish, tokens a second
+    mlxsft generate org/name --adapter runs/mine --input rows.jsonl --output answers.jsonl  # eight rows at once
+    """)
+)
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--adapter", type=click.Path(path_type=Path), help="A run folder, or a folder with an adapter.")

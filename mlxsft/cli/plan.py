@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxsft.cli.examples import examples
+
 if TYPE_CHECKING:
     from mlxsft.training.plan import Forecast, PaperForecast
     from mlxsft.training.trial import Trial
@@ -14,7 +16,14 @@ if TYPE_CHECKING:
 BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft plan recipe.yaml  # rows, tokens, steps, memory, time
+    mlxsft plan recipe.yaml --changes  # what each change would save, measured
+    mlxsft plan recipe.yaml --fit 8GB --out small.yaml  # the recipe that needs at most so much
+    mlxsft plan recipe.yaml --for m2-16gb  # reckoned for a Mac, and marked so
+    """)
+)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--fit", metavar="SIZE", help="Find the changes that make the run need at most so much memory: 8GB.")

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlxsft.cli.examples import examples
+
 if TYPE_CHECKING:
     from mlxsft.models.lock import Verdict
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "mlxsft pull Qwen/Qwen2.5-0.5B-Instruct --revision main  # checked, hashed, in the Hub's cache or a folder"
+    )
+)
 @click.argument("repository", metavar="REPO")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit.")
@@ -36,7 +42,7 @@ def pull(repository: str, out: Path | None, revision: str | None, force: bool, a
         click.echo(f"{done.repository} at {done.commit[:12]}: {done.files} files in {done.folder}")
 
 
-@click.command()
+@click.command(epilog=examples("mlxsft verify models/qwen  # what changed since lock.json was written; exit 3"))
 @click.argument("model", metavar="DIR")
 @click.option("--revision", help="Branch, tag or commit of a pulled model that is named by its Hub id.")
 @click.option("--json", "as_json", is_flag=True, help="Write what differs as one JSON object.")

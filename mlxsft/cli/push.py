@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.examples import examples
 
-@click.command()
+
+@click.command(epilog=examples("mlxsft push runs/mine you/mine  # shows what goes and what stays, and asks"))
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
 @click.option("--public", is_flag=True, help="Let everybody see a repository that is made by this.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxsft.cli.examples import examples
 from mlxsft.cli.train import BACKENDS
 
 if TYPE_CHECKING:
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from mlxsft.recipe import Recipe
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft quickstart  # offline: a base that ships, before and after
+    mlxsft quickstart --backend torch --json  # with PyTorch, and for a script
+    """)
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

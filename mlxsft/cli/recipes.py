@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.examples import examples
 from mlxsft.errors import UsageError
 
 
@@ -14,7 +15,7 @@ def recipes() -> None:
     """Look at recipes and check them."""
 
 
-@recipes.command()
+@recipes.command(epilog=examples("mlxsft recipes schema > recipe.schema.json  # for editors"))
 def schema() -> None:
     """Print the JSON Schema of a recipe: every setting, its meaning and its default."""
     import json
@@ -24,7 +25,9 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
-@recipes.command()
+@recipes.command(
+    epilog=examples("mlxsft recipes show recipe.yaml --set train.learning_rate=1e-4  # every setting, resolved")
+)
 @click.argument("file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a setting; may be repeated.")
 def show(file: Path, overrides: tuple[str, ...]) -> None:
@@ -34,7 +37,10 @@ def show(file: Path, overrides: tuple[str, ...]) -> None:
     click.echo(dump_recipe(load_recipe(file, overrides)), nl=False)
 
 
-@recipes.command("import")
+@recipes.command(
+    "import",
+    epilog=examples("mlxsft recipes import lora_config.yaml --out recipe.yaml  # from mlx-lm's own configuration"),
+)
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--out", metavar="RECIPE", type=click.Path(path_type=Path), help="Write to this file, not to stdout.")
 @click.option("--force", is_flag=True, help="Replace the file of --out where it exists.")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.examples import examples
+
 FOLDER = click.Path(path_type=Path)
 
 
@@ -23,7 +25,7 @@ def runs() -> None:
     """List runs, show what happened in one, compare several."""
 
 
-@runs.command("list")
+@runs.command("list", epilog=examples("mlxsft runs  # every run: state, losses, time, size"))
 @click.argument("folder", required=False, type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a run, in a list.")
 def list_(folder: Path | None, as_json: bool) -> None:
@@ -46,7 +48,12 @@ def list_(folder: Path | None, as_json: bool) -> None:
         click.echo(f"No runs below {folder.resolve()}.")
 
 
-@runs.command()
+@runs.command(
+    epilog=examples("""
+    mlxsft runs show runs/mine --html mine.html  # curves in the terminal and as a page
+    mlxsft runs show runs/mine runs/other  # laid over each other, and what differs
+    """)
+)
 @click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object; several runs as a list.")
 @click.option("--html", type=FOLDER, help="Write a page with curves, samples and settings.")

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import click
 
+from mlxsft.cli.examples import examples
 from mlxsft.cli.train import BACKENDS
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft serve Qwen/Qwen2.5-0.5B-Instruct --adapter pip=runs/mine  # OpenAI's API, and a page to compare in
+    mlxsft serve org/name --adapter pip=runs/mine --adapter old=runs/older --key-file serve.key
+    """)
+)
 @click.argument("model")
 @click.option(
     "--adapter",

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlxsft.cli.examples import examples
+
 if TYPE_CHECKING:
     from mlxsft.training.checkpoints import RunFolder
 
 BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+    mlxsft train recipe.yaml --out runs/mine  # Ctrl-C saves; --resume goes on
+    mlxsft train recipe.yaml --out runs/mine --resume  # from the newest whole checkpoint
+    mlxsft train recipe.yaml --out runs/mine --ranks 2  # processes on this machine
+    mlxsft train recipe.yaml --out runs/mine --hosts hosts.json  # mlx.launch's file, a rank on each host
+    mlx.launch --hostfile hosts.json -- mlxsft train recipe.yaml --out runs/mine  # or started by it
+    """)
+)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder to make.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")

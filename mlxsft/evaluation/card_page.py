@@ -17,7 +17,7 @@ from mlxsft.evaluation.card_text import (
     with_error,
 )
 from mlxsft.evaluation.metrics import ALONE, METRICS, SECTIONS, Metric, verdict_of
-from mlxsft.page import document
+from mlxsft.page import document, model_name
 
 _STYLE = """
 :root{--base:#8a949e;--a:#2f6fdb;--b:#c2570c;--c:#8a3fc0;--d:#1b8a4b;--good:#1b8a4b;--bad:#c62f35}
@@ -85,7 +85,7 @@ def _head(card: Card, *, named: bool) -> str:
     warnings = "".join(f"<li>{escape(_capital(warning))}.</li>" for warning in card.warnings)
     listed = f"<ul>{warnings}</ul>" if warnings else ""
     name = f"{escape(card.run)}: " if named else ""
-    facts = escape(f"{card.model} · {card.backend}")
+    facts = escape(f"{model_name(card.model)} · {card.backend}")
     return (
         f'<p class="dim">{facts}</p><div class="card verdict {"good" if card.good else "mixed"}">'
         f"<b>{name}{said}.</b>{listed}</div>"

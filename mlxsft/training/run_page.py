@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from mlxsft.page import document
+from mlxsft.page import document, model_name
 from mlxsft.recipe import flattened
 from mlxsft.training.events import Sampled, Stepped
 from mlxsft.training.history import History, Point, share_of_points, thinned
@@ -23,8 +23,8 @@ margin-right:.35rem}.key i.dot{width:.55rem;height:.55rem;border:0;border-radius
 svg text{fill:var(--dim);font:11px system-ui,sans-serif}svg .axis{stroke:var(--line);stroke-width:1}
 svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}svg polygon{stroke:none;opacity:.16}
 svg .thin{stroke-width:1.3;stroke-dasharray:5 4}
-.facts{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}.facts .card{padding:.7rem .9rem}
-.facts b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}.facts span{font-size:.8rem}
+.facts{align-items:stretch;grid-template-columns:repeat(auto-fit,minmax(6.4rem,1fr))}.facts .card{padding:.6rem .75rem}
+.facts b{display:block;font-size:1.1rem;font-weight:600;font-variant-numeric:tabular-nums}.facts span{font-size:.8rem}
 td:first-child{width:16rem;color:var(--dim)}td.step{width:8rem;white-space:nowrap}td.text{white-space:pre-wrap}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}
 tr.best td.step{font-weight:600;color:var(--b)}
@@ -53,7 +53,7 @@ def page(runs: Sequence[History]) -> str:
     losses = [series for i, run in enumerate(runs) for series in _losses(run, i, runs)]
     parts = [f"<h1>{escape(title)}</h1>", *(_head(run) for run in runs)]
     parts += [_facts(runs[0])] if len(runs) == 1 else _side_by_side(runs)
-    parts += ["<h2>Losses</h2>", _chart("nats a trained token", losses, 640, 260)]
+    parts += ["<h2>Losses</h2>", _chart("nats a trained token", losses, 640, 220)]
     parts += ["<h2>On the way</h2>", '<div class="grid charts">', *_side_charts(runs), "</div>"]
     for run in runs:
         parts += _words(run, named=len(runs) > 1)
@@ -67,7 +67,7 @@ def _head(run: History) -> str:
     start = run.start
     said = [state(run)]
     if start:
-        said += [f"{start.model}", f"{start.backend} on {start.device}", f"begun {begun(start.time)}"]
+        said += [model_name(start.model), f"{start.backend} on {start.device}", f"begun {begun(start.time)}"]
         said += [", ".join(f"{n:,} {what}" for what, n in start.ledger.items())]
     return f'<p class="dim">{escape(" · ".join(said))}</p>'
 

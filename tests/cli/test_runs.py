@@ -146,6 +146,15 @@ def test_json_has_the_whole_run(runs: Path, capsys: pytest.CaptureFixture[str]) 
     assert [run["path"] for run in json.loads(capsys.readouterr().out)] == ["runs/a", "runs/c"]
 
 
+def test_the_page_names_a_model_in_a_folder_without_where_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [replace(history(40)[0], model="/home/pip/models/tiny"), *history(40)[1:], END])
+    page = tmp_path / "page.html"
+    assert call(["runs", "show", str(run), "--html", str(page)]) == 0
+    head = page.read_text(encoding="utf-8").partition("<h2>")[0]
+    assert " · tiny · " in head
+    assert "/home/pip" not in head
+
+
 def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run<b>", [*history(40, evil=EVIL), END])
     page = tmp_path / "page.html"
