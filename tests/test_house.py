@@ -9,10 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mlxsft.recipe import load_recipe
-from tests.tiny import write_llama
-from tests.training.test_run import events, train
-
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "mlxsft").rglob("*.py"))
 
@@ -44,11 +40,3 @@ def test_array_libraries_are_imported_in_the_backends_only(module: Path) -> None
 
 def test_no_module_is_a_drawer_for_everything() -> None:
     assert not {m.stem for m in MODULES} & {"utils", "common", "helpers", "misc"}
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda r: r.name)
-def test_every_recipe_runs(recipe: Path, tmp_path: Path) -> None:
-    load_recipe(recipe)
-    model = write_llama(tmp_path / "model")
-    assert train(recipe, tmp_path / "run", f"model={model}", "train.steps=2", "data.max_tokens=128") == 0
-    assert len(events(tmp_path / "run", "step")) == 2
