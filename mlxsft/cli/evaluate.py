@@ -87,7 +87,8 @@ def evaluate(
     from mlxsft.evaluation.card_page import page
     from mlxsft.evaluation.card_text import print_card, print_comparison
     from mlxsft.evaluation.requirements import Requirement
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
 
     if len(runs) > 1 and not compare:
         raise UsageError("several runs are given", "Add --compare to lay them side by side.")
@@ -96,7 +97,7 @@ def evaluate(
     if html is not None and not compare:
         raise UsageError("--html is a page of several runs", "Of one run, card.html is in its folder.")
     if html is not None:
-        refuse_existing(html, force)
+        refuse_existing(html, force=force)
     required = [Requirement.parse(text) for text in demands]
     cards = [_card(run, out or run, settings, keep=compare, force=force) for run in runs]
     if html is not None:
@@ -127,7 +128,8 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
     from mlxsft.evaluation.card_page import page
     from mlxsft.evaluation.evaluate import Settings, adapter_hash
     from mlxsft.evaluation.evaluate import evaluate as evaluate_run
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
     from mlxsft.terminal import told
 
     at = folder / JSON_NAME
@@ -136,7 +138,7 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
         _refuse_other_settings(at, card, Settings(**settings).told())
         return card
     for path in (at, folder / PAGE_NAME):
-        refuse_existing(path, force)
+        refuse_existing(path, force=force, instead="Name another folder with --out")
     with bytes_and_steps("evaluating") as (_, watch):
         card = evaluate_run(run, Settings(**settings), tell=told, watch=watch)
     folder.mkdir(parents=True, exist_ok=True)
