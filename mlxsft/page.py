@@ -6,7 +6,8 @@ import os
 from html import escape
 from pathlib import Path
 
-from mlxsft.errors import InputRefused
+from mlxsft.errors import UsageError
+from mlxsft.outputs import refuse_existing
 
 STYLE = """
 :root{color-scheme:light dark;--fg:#1d2329;--dim:#66707a;--bg:#f6f7f9;--card:#fff;--line:#e2e6ea;--bar:#3f74d8;
@@ -42,19 +43,13 @@ def document(title: str, parts: list[str], style: str = "") -> str:
 
 
 def write_page(html: str, path: Path, *, force: bool = False) -> None:
-    """The page at `path`, whole or not at all. Raises InputRefused where a file is there and `force` is not given."""
-    refuse_existing(path, force)
+    """The page at `path`, whole or not at all. Raises UsageError where a file is there and `force` is not given."""
+    refuse_existing(path, force=force)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(html, encoding="utf-8", errors="backslashreplace")
         aside.replace(path)
     except OSError as error:
-        raise InputRefused(f"{path}: cannot be written: {error.strerror or error}", "Name another file.") from error
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}", "Name another file.") from error
     finally:
         aside.unlink(missing_ok=True)
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Nothing, unless the file is there and may not be overwritten."""
-    if path.exists() and not force:
-        raise InputRefused(f"{path}: is there already", "Name another file, or give --force.")

@@ -60,7 +60,9 @@ class DataRecipe(Section):
         "these. {path: FILE, weight: 2} has its rows twice an epoch; 0.5 takes half of them. A relative path starts at "
         "the folder of the recipe."
     )
-    valid: Annotated[float, Field(gt=0, lt=1, title="a share of the rows")] | Text | None = Field(
+    valid: (
+        Annotated[float, Field(gt=0, lt=1, title="a share of the rows")] | Annotated[Text, Field(title="a file")] | None
+    ) = Field(
         default=0.05,
         description="What is held out for validation: a share of the rows (0.05 is 5 %), or a file or a data set of "
         "the Hub of its own; null: no validation.",

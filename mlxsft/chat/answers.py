@@ -187,14 +187,6 @@ def fingerprint(
     return {name: _short(json.dumps(value, sort_keys=True)) for name, value in everything.items()}
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raises UsageError where the answers may not be written to this path."""
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder, expected the name of a file", "Name a .jsonl file.")
-    if path.exists() and not force:
-        raise UsageError(f"{path}: is there already", "Name another file, or give --force to replace it.")
-
-
 class AnswersFile:
     """The file of answers, whole or on its way."""
 

@@ -70,8 +70,11 @@ def load_for_chat(
     return loaded
 
 
-def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """Folders by name: NAME=FOLDER, or FOLDER alone, whose last part is the name. Raises UsageError."""
+def named_adapters(given: Sequence[str], base: Sequence[str] = ()) -> dict[str, Path]:
+    """Folders by name: NAME=FOLDER, or FOLDER alone, whose last part is the name.
+
+    Raises UsageError, also for a name that the base goes by.
+    """
     named: dict[str, Path] = {}
     for one in given:
         name, equals, path = ("", "", one) if Path(one).is_dir() else one.rpartition("=")
@@ -79,6 +82,10 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
         name = name if equals else folder.resolve().name
         if not name.strip() or not path:
             raise UsageError(f"--adapter {one!r}: expected a folder, or NAME=FOLDER")
+        if name in base:
+            raise UsageError(
+                f"--adapter {one!r}: {name!r} is what the base is called", "Give another name: --adapter NAME=FOLDER."
+            )
         if name in named:
             raise UsageError(
                 f"--adapter {one!r}: {named[name]} is called {name!r} already", "Give names: --adapter NAME=FOLDER."

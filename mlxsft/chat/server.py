@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import secrets
@@ -39,9 +40,13 @@ class Listening:
         try:
             return cls(host, socket.create_server((host, port), family=family))
         except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            why = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address to some
             raise UsageError(
-                f"{host}, port {port}: cannot be listened on: {error.strerror or error}",
-                "Name another --port; 0 takes any that is free.",
+                f"{host}, port {port}: cannot be listened on: {why}",
+                "Name another --port; 0 takes any that is free."
+                if taken
+                else "Name a --host of this machine: 127.0.0.1 for itself alone, 0.0.0.0 for all of its addresses.",
             ) from error
 
     def __enter__(self) -> Listening:

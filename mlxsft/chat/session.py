@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,7 @@ from mlxsft.interrupt import stop_requested
 COMMANDS = {
     "/help": "show these commands",
     "/clear": "forget the conversation, but for the system prompt",
-    "/system TEXT": "begin anew with this system prompt, or without one",
+    "/system TEXT|off": "begin anew with this system prompt, or without; alone, show it",
     "/set NAME VALUE": "set temperature and others; alone, show them",
     "/retry": "answer the last message again",
     "/undo": "take the last message and its answer back",
@@ -42,8 +43,11 @@ COMMANDS = {
     "/keep FILE": "append the last exchange to rows for `mlxsft train`",
     "/bye": "leave",
 }
+FORCE, BLIND = "--force", "--blind"
 MULTILINE = '"""'  # begins and ends a message of several lines
 BASE = "off"  # what the base is called where an adapter could be named
+BASES = (BASE, "base")  # names that no adapter can have
+TURN = 0.05  # seconds in which one of two answers that are compared is computed, until the other one goes on
 LONGEST_RESERVE = 4  # an answer has at least this part of the model's positions, or --max-tokens
 
 
@@ -56,14 +60,17 @@ class Face(Protocol):
     def show(self, texts: Iterable[str]) -> None:
         """An answer as it comes."""
 
-    def beside(self, answers: Sequence[tuple[str, str]]) -> None:
-        """Answers side by side, each with what it is called."""
+    def beside(self, titles: Sequence[str], pieces: Iterable[tuple[int, str]]) -> None:
+        """Answers side by side, each with what it is called, as they come: (which one, more of its text)."""
 
     def note(self, text: str) -> None:
         """Something that is no answer."""
 
-    def ask(self, question: str, text: str = "") -> str | None:
-        """What the person says to a question, `text` being there to be changed; None where nobody can be asked."""
+    def ask(self, question: str, text: str = "", choices: Sequence[str] = ()) -> str | None:
+        """What the person says to a question, `text` being there to be changed; None where nobody can be asked.
+
+        Through a pipe, a line that is none of the `choices` is no answer, and is read again as what it is.
+        """
 
 
 class Chat:
@@ -135,6 +142,11 @@ class Chat:
 
     def _answer(self, turns: Sequence[Turn], answer: Answer, show: Callable[[Iterable[str]], None]) -> None:
         """Have these turns answered; `show` takes the text as it comes."""
+        with stop_requested([signal.SIGINT]) as stop, closing(self._steps(turns, answer, stop)) as steps:
+            show(filter(None, steps))
+
+    def _steps(self, turns: Sequence[Turn], answer: Answer, stop: Callable[[], bool]) -> Generator[str, None, None]:
+        """The steps of the next answer, for which its adapter has to be in use each time."""
         backend, renderer = self.loaded.backend, self.renderer
         prompt = self._prompt(turns)
         sampling = self.sampling
@@ -142,20 +154,17 @@ class Chat:
             sampling = replace(sampling, seed=(sampling.seed + self._drawn) % 2**63)
         self._drawn += 1
         longest = min(self.max_tokens, room_for_answer(prompt, renderer.positions, self.max_tokens))
-        with stop_requested([signal.SIGINT]) as stop:
-            steps = continue_prompt(
-                backend,
-                renderer,
-                prompt,
-                sampling,
-                longest,
-                memory=self._memories.setdefault(backend.in_use, Memory(backend)),
-                answer=answer,
-                opening=renderer.opening,
-                stop=stop,
-            )
-            with closing(steps):
-                show(filter(None, steps))
+        return continue_prompt(
+            backend,
+            renderer,
+            prompt,
+            sampling,
+            longest,
+            memory=self._memories.setdefault(backend.in_use, Memory(backend)),
+            answer=answer,
+            opening=renderer.opening,
+            stop=stop,
+        )
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens before the answer; where the model has no room for it, whole oldest exchanges are left out.
@@ -191,6 +200,8 @@ class Chat:
         """Carry out a line that begins with a command; whether the conversation goes on. Raises MlxsftError."""
         name, rest = [*line.split(maxsplit=1), ""][:2]
         rest = rest.strip()
+        if rest and name in COMMANDS:  # where those that take something have it beside their name
+            raise UsageError(f"{name} takes nothing behind it, and got {rest!r}: nothing was done.")
         match name:
             case "/bye":
                 return False
@@ -200,8 +211,7 @@ class Chat:
                 self.begin(self.turns[0].content if self.turns and self.turns[0].role == "system" else None)
                 self.face.note("The conversation is forgotten.")
             case "/system":
-                self.begin(rest or None)
-                self.face.note(f"The conversation begins anew {'with this' if rest else 'without a'} system prompt.")
+                self._system(rest)
             case "/set":
                 self._set(rest.replace("=", " ").split())
             case "/retry":
@@ -220,12 +230,20 @@ class Chat:
             case "/adapter":
                 self._use(rest)
             case "/compare":
-                self._compare(rest.split())
+                self._compare(_words(rest))
             case "/keep":
                 self._keep(rest)
             case _:
                 self.face.note(f"{name}: there is no such command; /help shows them.")
         return True
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.begin(None if text == BASE else text)
+            self.face.note(f"The conversation begins anew with{'out a' if text == BASE else ' this'} system prompt.")
+        else:
+            has = bool(self.turns) and self.turns[0].role == "system"
+            self.face.note(self.turns[0].content if has else "There is no system prompt; /system TEXT sets one.")
 
     def _last(self, role: str) -> int:
         """Where the last turn of this role stands. Raises UsageError where there is none."""
@@ -268,8 +286,9 @@ class Chat:
         self.face.note("The answer is replaced; /keep keeps it.")
 
     def _save(self, rest: str) -> None:
-        force = rest.startswith("--force ")
-        file = _file(rest.removeprefix("--force "), "/save")
+        words = rest.split(" ")
+        force = FORCE in (words[0], words[-1])
+        file = _file(rest.removeprefix(FORCE).removesuffix(FORCE).strip() if force else rest, "/save")
         self._last("user")
         try:
             with file.open("w" if force else "x", encoding="utf-8", newline="\n") as out:
@@ -282,11 +301,15 @@ class Chat:
 
     def _load(self, rest: str) -> None:
         file = _file(rest, "/load")
-        rows = read_conversations([file], unanswered=True)
-        row = next(rows, None)
+        expected = "/load takes what /save has written, or rows of conversations"
+        try:
+            rows = read_conversations([file], unanswered=True)
+            row = next(rows, None)
+        except MlxsftError as refused:
+            raise InputRefused(refused.message, expected) from refused
         if row is None or isinstance(row, LeftOut) or row.turns[0].role == "text":
-            why = f": {row.reason} {row.detail}".rstrip() if isinstance(row, LeftOut) else ""
-            raise InputRefused(f"{file}: its first row is no conversation{why}")
+            why = f" ({row.reason})" if isinstance(row, LeftOut) else ""
+            raise InputRefused(f"{file}: its first row is no conversation{why}", expected)
         self.begin(None)
         self.turns = list(row.turns)
         more = "" if next(rows, None) is None else " (the first of several)"
@@ -316,7 +339,7 @@ class Chat:
 
     def _named(self, wanted: str) -> str | None:
         """The name of an adapter in memory, None for the base; one in a folder is loaded first. Raises MlxsftError."""
-        if wanted == BASE:
+        if wanted in BASES:
             return None
         if wanted not in self.loaded.renderers:
             folder = Path(wanted).expanduser()
@@ -324,45 +347,66 @@ class Chat:
                 known = ", ".join(n or BASE for n in self.loaded.renderers)
                 raise UsageError(f"{wanted}: there is no such adapter, and no such folder.", f"There are: {known}.")
             name = folder.resolve().name
-            if name in self.loaded.renderers:
-                raise UsageError(f"{wanted}: an adapter called {name} is there already.")
+            if name in self.loaded.renderers or name in BASES:
+                whose = "the base is" if name in BASES else "another adapter is"
+                raise UsageError(f"{wanted}: {whose} called {name} already; rename the folder.")
             self.loaded.add(name, folder)
             return name
         return wanted
 
     def _compare(self, words: list[str]) -> None:
         backend = self.loaded.backend
-        blind, words = "--blind" in words, [word for word in words if word != "--blind"]
+        blind, words = BLIND in words, [word for word in words if word != BLIND]
         turns, before = self.turns[: self._last("user") + 1], backend.in_use
         adapters = [n for n in self.loaded.renderers if n is not None]
         if not words:
             words = [BASE, *([before] if before is not None else adapters[:1])]
-        if len(words) != 2 or words[0] == words[1]:
-            raise UsageError(f"/compare takes two different adapters, or {BASE} for the base.")
+        if len(words) != 2:
+            raise UsageError(f"/compare takes two adapters, or {BASE} for the base.")
         names = [self._named(word) for word in words]
+        if names[0] == names[1]:
+            raise UsageError(f"/compare takes two different adapters, or {BASE} for the base.")
         if blind:
             random.shuffle(names)
         titles = ["A", "B"] if blind else [name or "base" for name in names]
-        drawn, answers = self._drawn, list[str]()
+        drawn, answers = self._drawn, [Answer() for _ in names]
         try:
-            for title, name in zip(titles, names, strict=True):
-                self.face.note(f"({title} answers)")
-                backend.use(name)
-                self._drawn, answer = drawn, Answer()  # both with the same seed
-                self._answer(turns, answer, lambda texts: answers.append("".join(texts)))
-                if answer.finish == "stopped":
-                    self.face.note("(stopped)")
-                    return
+            with stop_requested([signal.SIGINT]) as stop, ExitStack() as open_steps:
+                streams = []
+                for name, answer in zip(names, answers, strict=True):
+                    backend.use(name)
+                    self._drawn = drawn  # both with the same seed
+                    streams.append((name, open_steps.enter_context(closing(self._steps(turns, answer, stop)))))
+                self.face.beside(titles, self._in_turn(streams))
         finally:
             backend.use(before)
-        self.face.beside(list(zip(titles, answers, strict=True)))
-        if blind:
+        if any(answer.finish == "stopped" for answer in answers):
+            self.face.note("(stopped)")
+        elif blind:
             self._vote(dict(zip(titles, (name or "base" for name in names), strict=True)))
+
+    def _in_turn(self, answers: Sequence[tuple[str | None, Generator[str, None, None]]]) -> Iterator[tuple[int, str]]:
+        """(which answer, more of its text): those of (adapter, steps) take turns of TURN seconds, and grow together."""
+        running = deque(enumerate(answers))
+        while running:
+            which, (adapter, steps) = running[0]
+            self.loaded.backend.use(adapter)
+            began = time.monotonic()
+            for text in steps:
+                yield which, text
+                if time.monotonic() - began > TURN:
+                    running.rotate(-1)
+                    break
+            else:
+                running.popleft()
 
     def _vote(self, names: dict[str, str]) -> None:
         """Ask which answer is better, then say which was whose."""
-        vote = (self.face.ask("Which is better, A or B? (Enter: neither) ") or "").strip().upper()
-        if vote in names:
+        vote: str | None = "?"
+        while vote not in (None, "", *names):
+            vote = self.face.ask("Which is better, A or B? (Enter: neither) ", choices=["", *names])
+            vote = None if vote is None else vote.strip().upper()
+        if vote:
             self._wins[names[vote]] += 1
         told = ", ".join(f"{title} was {name}" for title, name in names.items())
         score = ", ".join(f"{name} {self._wins[name]}" for name in sorted(names.values()))
@@ -398,9 +442,24 @@ def _row(turns: Sequence[Turn]) -> str:
     return json.dumps(messages_row(Conversation(tuple(turns), Origin("chat", 1))), ensure_ascii=False) + "\n"
 
 
+def _words(text: str) -> list[str]:
+    """Words, of which those in quotation marks may have spaces. Raises UsageError."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.quotes, words.escape, words.commenters = True, '"', "", ""
+    try:
+        return list(words)
+    except ValueError:
+        raise UsageError(f"{text}: a quotation mark is missing.") from None
+
+
 def _file(name: str, command: str) -> Path:
+    """The file of a command. Raises UsageError where there is none, and for what looks like an option."""
     if not name:
         raise UsageError(f"{command} takes the name of a file.")
+    first, last = name.split()[0], name.split()[-1]
+    if first.startswith("-") or last.startswith("--"):
+        option = first if first.startswith("-") else last
+        raise UsageError(f"{command} has no option {option}; a file of that name is ./{option}.")
     return Path(name).expanduser()
 
 

@@ -29,7 +29,8 @@ class Setting:
         if (value > self.low if self.above else value >= self.low) and value <= self.high:
             return value
         kind, begin = "a whole number" if self.whole else "a number", "above" if self.above else "from"
-        raise UsageError(f"{name}: got {text}, expected {kind} {begin} {self.low:g} to {self.high:g}")
+        low, high = (f"{int(n)}" if n == int(n) else f"{n:g}" for n in (self.low, self.high))
+        raise UsageError(f"{name}: got {text}, expected {kind} {begin} {low} to {high}")
 
 
 SETTINGS = {

@@ -17,7 +17,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.panel import Panel
@@ -72,17 +72,19 @@ class TerminalFace:
         if growing.strip():
             self.console.print(_markdown(growing))
 
-    def beside(self, answers: Sequence[tuple[str, str]]) -> None:
-        table = Table.grid(expand=True)
-        for _ in answers:
-            table.add_column(ratio=1, overflow="fold")
-        table.add_row(*(Panel(_markdown(printable(text)), title=Text(printable(title))) for title, text in answers))
-        self.console.print(table)
+    def beside(self, titles: Sequence[str], pieces: Iterable[tuple[int, str]]) -> None:
+        texts = [""] * len(titles)
+        empty: list[RenderableType] = [""] * len(titles)
+        with Live(_columns(titles, empty), console=self.console, refresh_per_second=REDRAWS, transient=True) as live:
+            for which, text in pieces:
+                texts[which] += printable(text)
+                live.update(_columns(titles, [_Tail(text, frame=2) for text in texts]))
+        self.console.print(_columns(titles, [_markdown(text) for text in texts]))
 
     def note(self, text: str) -> None:
         self._notes.print(Text(printable(text), "dim"))
 
-    def ask(self, question: str, text: str = "") -> str | None:
+    def ask(self, question: str, text: str = "", choices: Sequence[str] = ()) -> str | None:
         asking: PromptSession[str] = PromptSession(key_bindings=_keys(), multiline=True)
         try:
             return asking.prompt(question, default=text)
@@ -91,16 +93,25 @@ class TerminalFace:
 
 
 class _Tail:
-    """The last lines of a Markdown text, as many as the terminal has room for."""
+    """The last lines of a Markdown text, as many as the terminal has room for beside the lines of a `frame`."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, text: str, frame: int = 0) -> None:
+        self._text, self._frame = text, frame
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(_markdown(self._text), options, pad=False)
-        for line in lines[-max(1, console.height - 2) :]:
+        for line in lines[-max(1, console.height - 2 - self._frame) :]:
             yield from line
             yield Segment.line()
+
+
+def _columns(titles: Sequence[str], answers: Sequence[RenderableType]) -> Table:
+    """Answers side by side, each in a frame with its title."""
+    table = Table.grid(expand=True)
+    for _ in titles:
+        table.add_column(ratio=1, overflow="fold")
+    table.add_row(*(Panel(a, title=Text(printable(title))) for title, a in zip(titles, answers, strict=True)))
+    return table
 
 
 def _markdown(text: str) -> Markdown:

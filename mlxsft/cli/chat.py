@@ -54,10 +54,10 @@ def chat(
     from mlxsft.chat.generate import Sampling
     from mlxsft.chat.load import load_for_chat, named_adapters
     from mlxsft.chat.pipe import PipeFace
-    from mlxsft.chat.session import Chat, Face
+    from mlxsft.chat.session import BASES, Chat, Face
     from mlxsft.terminal import told
 
-    named = named_adapters(adapters)
+    named = named_adapters(adapters, base=BASES)
     loaded = load_for_chat(model, named, revision=revision, template=template, backend_name=backend, progress=told)
     loaded.backend.use(next(iter(named), None))
     max_tokens = settings.pop("max_tokens")

@@ -53,12 +53,13 @@ def check(
     from mlxsft.data.render import load_renderer
     from mlxsft.data.sources import pin_sources
     from mlxsft.models.source import open_model
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
     from mlxsft.terminal import told
 
     gate = _gate(fail_on)
     if html is not None:
-        refuse_existing(html, force)
+        refuse_existing(html, force=force)
     recipe = rows.recipe_of(files, **settings)
     renderer = load_renderer(open_model(model, revision=revision, progress=told), recipe.template)
     held_out = {name: pin_sources(given, name, told) for name, given in (("valid", valid), ("test", test)) if given}

@@ -101,7 +101,8 @@ def evaluate(
     from mlxsft.evaluation.card_page import page
     from mlxsft.evaluation.card_text import print_card, print_comparison
     from mlxsft.evaluation.requirements import Requirement
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
 
     if len(runs) > 1 and not compare:
         raise UsageError("several runs are given", "Add --compare to lay them side by side.")
@@ -110,7 +111,7 @@ def evaluate(
     if html is not None and not compare:
         raise UsageError("--html is a page of several runs", "Of one run, card.html is in its folder.")
     if html is not None:
-        refuse_existing(html, force)
+        refuse_existing(html, force=force)
     required = [Requirement.parse(text) for text in demands]
     cards = [_card(run, out or run, settings, keep=compare, force=force) for run in runs]
     if html is not None:
@@ -137,11 +138,13 @@ def evaluate(
 def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, force: bool) -> Card:
     """The card of a run, made and written, or read where it is there and may be kept."""
     from mlxsft.cli.bytes_bar import bytes_and_steps
+    from mlxsft.errors import UsageError
     from mlxsft.evaluation.card import JSON_NAME, PAGE_NAME, read_card
     from mlxsft.evaluation.card_page import page
     from mlxsft.evaluation.evaluate import Settings, adapter_hash, changed_since
     from mlxsft.evaluation.evaluate import evaluate as evaluate_run
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
     from mlxsft.terminal import told
 
     at = folder / JSON_NAME
@@ -152,29 +155,19 @@ def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, forc
     if at.exists() and not force:
         card = read_card(at, adapter_hash(run))
         if changed := changed_since(card, run, Settings(**settings)):
-            _refuse(at, f"it was made otherwise: {', '.join(changed)}")
+            message = f"{at}: is there already; it was made otherwise: {', '.join(changed)}"
+            raise UsageError(message, "Name another folder with --out, or give --force to replace it.")
         if not (folder / PAGE_NAME).exists():
             write_page(page([card]), folder / PAGE_NAME)
         told(f"{at}: read, not made anew, since nothing that decides it has changed; --force makes it anew")
         return card
-    refuse_existing(folder / PAGE_NAME, force)
+    refuse_existing(folder / PAGE_NAME, force=force, instead="Name another folder with --out")
     with bytes_and_steps("evaluating") as (_, watch):
         card = evaluate_run(run, Settings(**settings), tell=told, watch=watch)
     folder.mkdir(parents=True, exist_ok=True)
     write_page(card.to_json(), at, force=force)
     write_page(page([card]), folder / PAGE_NAME, force=force)
     return card
-
-
-def _refuse(at: Path, why: str) -> None:
-    """Refuse what `refuse_existing` refuses, and say why."""
-    from mlxsft.errors import MlxsftError
-    from mlxsft.page import refuse_existing
-
-    try:
-        refuse_existing(at, force=False)
-    except MlxsftError as error:
-        raise type(error)(f"{error.message}; {why}", error.hint) from None
 
 
 def _refuse_other_settings(at: Path, card: Card, told: dict[str, Any]) -> None:

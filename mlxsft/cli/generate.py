@@ -83,7 +83,12 @@ class _Range(click.FloatRange):
 )
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("--adapter", type=click.Path(path_type=Path), help="A run folder, or a folder with an adapter.")
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A run folder, or a folder with an adapter.",
+)
 @click.option("--input", "rows", callback=rows_source, help="Rows to answer, in any layout that `data` reads.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where answers to --input go, as JSONL.")
 @row_format
@@ -181,7 +186,10 @@ def _asked(prompt: str | None) -> str:
     from mlxsft.errors import UsageError
 
     if prompt is None and sys.stdin.isatty():
-        raise UsageError("there is no PROMPT", "Give it as an argument or on stdin, or rows with --input.")
+        raise UsageError(
+            "there is no PROMPT",
+            "Give it as an argument or on stdin, or rows with --input; `mlxsft chat` holds a conversation.",
+        )
     asked = prompt if prompt is not None else sys.stdin.read()
     if not asked.strip():
         raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
@@ -234,13 +242,14 @@ def _answer_rows(
     import json
     import time
 
-    from mlxsft.chat.answers import AnswersFile, answer_rows, fingerprint, refuse_existing
+    from mlxsft.chat.answers import AnswersFile, answer_rows, fingerprint
     from mlxsft.cli.bytes_bar import rows_bar
     from mlxsft.data.formats import LeftOut, raise_for_broken, read_conversations
     from mlxsft.data.sources import files_of
     from mlxsft.errors import Interrupted
     from mlxsft.interrupt import stop_requested
     from mlxsft.models.adapter import hashes_of
+    from mlxsft.outputs import refuse_existing
 
     refuse_existing(output, force=force)
     files = files_of([rows])

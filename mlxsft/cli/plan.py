@@ -115,11 +115,10 @@ def _write(target: Path, fitted: Forecast) -> None:
 
 def _target(recipe: Path, out: Path | None, force: bool) -> Path:
     """Where the recipe that fits goes. Raises UsageError where something lies there."""
-    from mlxsft.errors import UsageError
+    from mlxsft.outputs import refuse_existing
 
     target = out or recipe.with_name(f"{recipe.stem}.fit.yaml")
-    if target.exists() and not force:
-        raise UsageError(f"{target}: exists already", "--force overwrites it, --out writes elsewhere.")
+    refuse_existing(target, force=force, instead="Name another file with --out")
     return target
 
 

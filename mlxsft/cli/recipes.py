@@ -122,10 +122,10 @@ def import_(file: Path, out: Path | None, force: bool) -> None:
 
 
 def _write(out: Path, text: str, force: bool) -> None:
+    from mlxsft.outputs import refuse_existing
+
+    refuse_existing(out, force=force)
     try:
-        with out.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UsageError(f"{out}: exists already", "--force replaces it.") from None
+        out.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None

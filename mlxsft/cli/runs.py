@@ -64,13 +64,14 @@ def show(folders: tuple[Path, ...], as_json: bool, html: Path | None, force: boo
 
     from rich.console import Console
 
-    from mlxsft.page import refuse_existing, write_page
+    from mlxsft.outputs import refuse_existing
+    from mlxsft.page import write_page
     from mlxsft.training.history import read_run
     from mlxsft.training.run_page import page
     from mlxsft.training.run_text import print_comparison, print_run
 
     if html is not None:
-        refuse_existing(html, force)
+        refuse_existing(html, force=force)
     found = [read_run(folder) for folder in folders]
     if html is not None:
         write_page(page(found), html, force=force)

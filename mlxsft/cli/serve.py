@@ -23,8 +23,8 @@ from mlxsft.cli.train import BACKENDS
     "--adapter",
     "adapters",
     multiple=True,
-    metavar="NAME=PATH",
-    help="An adapter and what requests call it; repeatable.",
+    metavar="[NAME=]FOLDER",
+    help="A run folder, or a folder with an adapter, and what requests call it; repeatable.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option("--template", help="Chat template: a built-in name or a Jinja file.")

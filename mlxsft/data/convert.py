@@ -11,6 +11,7 @@ from pathlib import Path
 from mlxsft.data.formats import Conversation, LeftOut, ToolCall, Turn, raise_for_broken, read_conversations
 from mlxsft.data.sources import RowSource, files_of
 from mlxsft.errors import UsageError
+from mlxsft.outputs import refuse_existing
 
 
 def convert_files(
@@ -27,10 +28,7 @@ def convert_files(
     Rows are written one at a time to a file beside `out`, which takes its place at the end; with a broken row that is
     not skipped, `out` stays as it was. Prompts without an answer are written as well.
     """
-    if out.is_dir():
-        raise UsageError(f"{out}: is a folder, expected the name of a file", "Name a .jsonl file.")
-    if out.exists() and not force:
-        raise UsageError(f"{out}: is there already", "Name another file, or give --force to replace it.")
+    refuse_existing(out, force=force)
     if any(out.exists() and out.samefile(file) for file in files_of(sources)):
         raise UsageError(f"{out}: is one of the files to read", "Name another file.")
     rows = read_conversations(sources, format=format, columns=columns, unanswered=True)

@@ -20,7 +20,8 @@ from mlxsft.data.holdout import normalise, position
 from mlxsft.data.rows import LeftOut, Origin
 from mlxsft.data.scratch import AT_ONCE, Scratch, open_scratch
 from mlxsft.data.sources import RowSource, files_of, rows_of, whole_files
-from mlxsft.errors import InputRefused
+from mlxsft.errors import UsageError
+from mlxsft.outputs import refuse_existing
 
 SPLITS = ("train", "valid", "test")
 Raw = tuple[Origin, object] | LeftOut
@@ -51,7 +52,7 @@ def split_files(
 
     Rows with equal or nearly equal prompts, and near-duplicates, are on one side. Each category gives its share. Which
     rows are held out depends on what they say and on the seed, not on their order. Rows that train nothing are counted
-    and not written. Raises InputRefused for broken rows and for files that are there already.
+    and not written. Raises InputRefused for broken rows, UsageError for files that are there already.
     """
     _refuse_to_overwrite(files_of(sources), out, force)
     files = whole_files(sources)
@@ -190,9 +191,9 @@ def _question(row: Conversation) -> str:
 def _refuse_to_overwrite(files: Sequence[Path], out: Path, force: bool) -> None:
     targets = [out / f"{name}.jsonl" for name in SPLITS]
     if same := [t for t in targets if any(t.exists() and t.samefile(f) for f in files if f.exists())]:
-        raise InputRefused(f"{same[0]}: would be read and written at once", "Give another folder with --out.")
-    if not force and (there := [t for t in targets if t.exists()]):
-        raise InputRefused(f"{there[0]}: is there already", "Give another folder with --out, or --force.")
+        raise UsageError(f"{same[0]}: would be read and written at once", "Name another folder with --out.")
+    for target in targets:
+        refuse_existing(target, force=force, instead="Name another folder with --out")
 
 
 def _write(out: Path, rows: Iterable[Raw], names: Iterator[str], kept: Sequence[int]) -> Counter[str]:

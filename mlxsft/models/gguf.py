@@ -37,6 +37,7 @@ from mlxsft.models.gguf_names import (
 from mlxsft.models.gguf_tokenizer import strips_behind, tokenizer_facts
 from mlxsft.models.source import ModelSource
 from mlxsft.models.tensors import StoredTensors
+from mlxsft.outputs import refuse_existing
 
 TYPES = ("f16", "bf16", "q8_0", "f32")
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's llama_ftype
@@ -83,7 +84,7 @@ def export_gguf(
     llama.cpp would compute otherwise, OutOfResources for want of disk.
     """
     require_gguf()
-    refuse_existing_file(out, force=force)
+    refuse_existing(out, force=force)
     family = family_of(source.config)
     notes = [note for note in [window_note(source.config)] if note]
     tokens, tokenizer_notes = tokenizer_facts(source, template)
@@ -107,14 +108,6 @@ def require_gguf() -> None:
         raise UsageError(
             "GGUF files need the package gguf, not installed here", "Install it: pip install 'mlxsft[gguf]'"
         )
-
-
-def refuse_existing_file(out: Path, *, force: bool) -> None:
-    """Nothing, where a file may be written to `out`. Raises UsageError where it may not."""
-    if out.is_dir():
-        raise UsageError(f"{out}: is a folder, expected the name of a file", f"Write {out / 'model.gguf'}.")
-    if os.path.lexists(out) and not force:
-        raise UsageError(f"{out}: is there already", "Name another file, or give --force to replace it.")
 
 
 def _general(source: ModelSource, arch: str, dtype: str) -> dict[str, Any]:

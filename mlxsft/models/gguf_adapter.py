@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from mlxsft.errors import InputRefused
 from mlxsft.models.adapter import Adapter
 from mlxsft.models.base_modules import is_embedding
-from mlxsft.models.gguf import Layout, refuse_existing_file, require_gguf, write_gguf
+from mlxsft.models.gguf import Layout, require_gguf, write_gguf
 from mlxsft.models.gguf_names import Names, family_of
 from mlxsft.models.headers import some
 from mlxsft.models.names import TURNED, mlx_name
 from mlxsft.models.source import ModelSource
+from mlxsft.outputs import refuse_existing
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -85,7 +86,7 @@ def export_lora(source: ModelSource, adapter: Adapter, out: Path, *, force: bool
     Raises InputRefused for what llama.cpp has no such file for: DoRA, full tuning, embeddings, experts.
     """
     require_gguf()
-    refuse_existing_file(out, force=force)
+    refuse_existing(out, force=force)
     family, names = family_of(source.config), Names(source.config)
     kind = adapter.config.get("fine_tune_type", "lora")
     hint = "Leave --lora-only out: base and adapter become one file."

@@ -22,6 +22,7 @@ from mlxsft.models.opened import open_with_adapter
 from mlxsft.models.passport import passport_part
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.models.written import Tell, Written
+from mlxsft.outputs import refuse_existing
 
 GGUF = "model.gguf"
 STUDIO = (".lmstudio/models", ".cache/lm-studio/models")  # LM Studio's folders under the home folder, the newer first
@@ -84,6 +85,8 @@ def to_ollama(
     """A folder `out` with the GGUF file and a Modelfile, from which Ollama makes a model."""
     if out.is_file():
         raise UsageError(f"{out}: is a file, expected a folder", "Name another one.")
+    for name in (GGUF, MODELFILE):
+        refuse_existing(out / name, force=force, instead="Name another folder")
     subject = open_subject(path, model, tell)
     text, notes = modelfile(subject.source, GGUF, subject.template)
     done = subject.write(out / GGUF, dtype, force, progress)

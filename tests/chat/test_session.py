@@ -214,7 +214,36 @@ def test_clear_and_system_begin_anew(talk: Talk) -> None:
     talk("/system Be kind.", "hello", "/clear")
     assert talk.chat.turns == [Turn("system", "Be kind.")]
     talk("/system")
+    assert talk.noted == "Be kind.\n"
+    assert talk.chat.turns == [Turn("system", "Be kind.")]
+    talk("/system off", "/system")
     assert talk.chat.turns == []
+    assert "There is no system prompt" in talk.noted
+
+
+def test_a_command_that_takes_nothing_does_nothing_when_something_is_behind_it(talk: Talk) -> None:
+    talk("/system Be kind.", "Who are you?")
+    before = list(talk.chat.turns)
+    bare = [command for command in COMMANDS if " " not in command]
+    assert bare == ["/help", "/clear", "/retry", "/undo", "/tokens", "/bye"]
+    assert talk(*(f"{command} all" for command in bare), "/undo\tnow", "Who made you?") == "Tom made me.\n"
+    assert talk.chat.turns[:-2] == before
+    assert talk.noted.count("takes nothing behind it") == len(bare) + 1
+    assert "/undo takes nothing behind it, and got 'all': nothing was done." in talk.noted
+
+
+def test_what_looks_like_an_option_is_no_file(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk(
+        "Who are you?", "/keep --x", "/save --force", "/save -x", "/load --x", "/keep rows.jsonl --force", "/save a --x"
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert "/keep has no option --x; a file of that name is ./--x." in talk.noted
+    assert talk.noted.count("has no option") == 5
+    assert "/save takes the name of a file" in talk.noted
+    talk("/keep ./--x", "/save my talk.json", "/save my talk.json --force", "/save --force my talk.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["--x", "my talk.json"]
+    assert talk.noted.count("Saved") == 3
 
 
 def test_settings_are_set_within_their_ranges(talk: Talk) -> None:
@@ -226,7 +255,7 @@ def test_settings_are_set_within_their_ranges(talk: Talk) -> None:
     talk("/set seed default", "/set top_p 0", "/set top_p x", "/set top_k 1.5", "/set colour red", "/set seed")
     assert talk.chat.sampling == Sampling(0.7, 1.0, 5, 0.0, 1.2, None)
     assert "top_p: got 0, expected a number above 0 to 1" in talk.noted
-    assert "top_k: got 1.5, expected a whole number" in talk.noted
+    assert "top_k: got 1.5, expected a whole number from 0 to 2147483648." in talk.noted
     assert talk.noted.count("The names are: max_tokens") == 2
 
 
@@ -267,8 +296,15 @@ def test_a_saved_conversation_is_loaded_and_goes_on(talk: Talk, tmp_path: Path) 
         f"/save {tmp_path}/no/x",
     )
     assert talk.chat.turns == turns
-    for words in ("/save takes", "/load takes", "no such file", "no conversation", "cannot be written"):
+    for words in ("/save takes", "/load takes the name", "no such file", "no conversation", "cannot be written"):
         assert words in talk.noted
+    (tmp_path / "broken.jsonl").write_text("not json\n")
+    (tmp_path / "talk.txt").write_text("hello\n")
+    for name in ("none.jsonl", "text.jsonl", "broken.jsonl", "talk.txt", ""):
+        talk(f"/load {tmp_path / name}")
+        assert talk.noted.count("\n") == 1
+        assert talk.noted.endswith("/load takes what /save has written, or rows of conversations.\n")
+    assert talk.chat.turns == turns
 
 
 def test_adapters_are_listed_swapped_and_loaded(talk: Talk, tuned: tuple[Path, Path], tmp_path: Path) -> None:
@@ -282,7 +318,9 @@ def test_adapters_are_listed_swapped_and_loaded(talk: Talk, tuned: tuple[Path, P
     assert "* off\n  a\n" in talk.noted
     assert "a answers from here on" in talk.noted
     assert "  off\n  a\n* run\n" in talk.noted
-    talk("/adapter nonesuch", f"/adapter {tmp_path}", "/adapter off")
+    (tmp_path / "base").mkdir()
+    talk("/adapter nonesuch", f"/adapter {tmp_path}", f"/adapter {tmp_path / 'base'}", "/adapter base")
+    assert "the base is called base already" in talk.noted
     assert "nonesuch: there is no such adapter" in talk.noted
     assert "is missing" in talk.noted
     assert fresh.backend.in_use is None
@@ -297,9 +335,69 @@ def test_compare_answers_the_last_message_with_two_and_changes_nothing(talk: Tal
     assert [part.splitlines()[1] == "I am Pip." for part in parts] == [False, True, True, False]
     assert parts[0].split("\n", 1)[1] == parts[3].split("\n", 1)[1]
     assert "two different adapters" in talk.noted
+    talk("/compare off base", '/compare "twin" "nonesuch of mine"', '/compare "twin', "/compare a b c")
+    for words in ("two different adapters", "nonesuch of mine: ", "a quotation mark is missing", "takes two adapters"):
+        assert words in talk.noted
     assert "nonesuch" in talk.noted
     assert talk.chat.turns == before
     assert talk.loaded.backend.in_use == "tuned"
+
+
+def test_two_answers_that_are_compared_grow_together_and_are_what_each_says_alone(
+    both: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both.backend.use("tuned")
+    came: list[tuple[int, str]] = []
+
+    class Watching(PipeFace):
+        def beside(self, titles: Any, pieces: Any) -> None:
+            came.extend(pieces)
+
+    def compared(*lines: str) -> list[str]:
+        came.clear()
+        talk = Talk(both, sampling=Sampling(temperature=1.0, seed=3))
+        talk.chat.face = Watching([f"{line}\n" for line in lines], talk.out, talk.notes)
+        talk.chat.run()
+        return ["".join(text for which, text in came if which == n) for n in (0, 1)]
+
+    monkeypatch.setattr("mlxsft.chat.session.TURN", float("inf"))  # one after the other
+    alone = compared("Who are you?", "/compare")
+    assert [which for which, _ in came] == sorted(which for which, _ in came)
+    monkeypatch.setattr("mlxsft.chat.session.TURN", 0.0)
+    assert compared("Who are you?", "/compare") == alone
+    assert [which for which, _ in came][:4] == [0, 1, 0, 1]
+
+
+def test_ctrl_c_stops_both_answers_that_are_compared_and_asks_for_no_vote(both: Loaded) -> None:
+    both.backend.use("tuned")
+
+    class Impatient(PipeFace):
+        def beside(self, titles: Any, pieces: Any) -> None:
+            for i, _ in enumerate(pieces):
+                if i == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    talk = Talk(both, max_tokens=400)
+    lines = ["Who are you?\n", "/compare --blind\n", "a\n"]
+    talk.chat.face = Impatient(lines, talk.out, talk.notes)
+    talk.chat.run()
+    assert "(stopped)" in talk.noted
+    assert "Which is better" not in talk.noted
+    assert talk.asked == ["Who are you?", "a"]
+    assert both.backend.in_use == "tuned"
+
+
+def test_a_line_that_is_no_vote_stays_a_message(talk: Talk) -> None:
+    written = talk("Who are you?", "/compare --blind", "Who made you?", "/compare --blind", "/undo", "/compare --blind")
+    assert written.startswith("I am Pip.\n")
+    assert "Tom made me.\n" in written
+    assert talk.asked == ["Who are you?"]
+    assert talk.noted.count("Score: base 0, tuned 0.") == 3
+    assert "taken back" in talk.noted
+    talk("/compare --blind", "", "/compare --blind", " b ", "Who made you?")
+    assert "Score: base 0, tuned 0." in talk.noted
+    assert talk.asked == ["Who are you?", "Who made you?"]
+    assert talk.chat._wins.total() == 1
 
 
 def test_a_blind_comparison_hides_which_and_keeps_score(talk: Talk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -254,3 +255,25 @@ def test_options_of_rows_need_rows(
 ) -> None:
     assert call(["generate", str(tuned[0]), "hello", *option]) == 2
     assert f"{option[0]} is about the rows of --input" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+def test_generate_without_a_prompt_in_a_terminal_says_where_one_can_come_from(tuned: tuple[Path, Path]) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mlxsft", "generate", str(tuned[0])]
+    ran = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    for word in ("there is no PROMPT", "stdin", "--input", "`mlxsft chat`"):
+        assert word in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["off", "base"])
+def test_no_adapter_is_called_as_the_base_is_in_a_chat(
+    tuned: tuple[Path, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["chat", str(tuned[0]), "--adapter", f"{name}={tuned[1]}"]) == 2
+    assert f"'{name}' is what the base is called" in capsys.readouterr().err

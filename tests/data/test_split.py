@@ -11,7 +11,7 @@ import pytest
 
 from mlxsft.cli import call
 from mlxsft.data.split import SPLITS, split_files
-from mlxsft.errors import InputRefused
+from mlxsft.errors import UsageError
 
 
 def sides(folder: Path) -> dict[str, list[dict[str, str]]]:
@@ -30,7 +30,7 @@ def test_how_many(rows: int, expected: dict[str, int], tmp_path: Path) -> None:
     made = sides(tmp_path / "a")
     assert {name: len(some) for name, some in made.items()} == expected
     assert sorted(row["k"] for some in made.values() for row in some) == list(range(rows))
-    with pytest.raises(InputRefused, match="is there already"):
+    with pytest.raises(UsageError, match="is there already"):
         split_files([path], tmp_path / "a", valid=0.05, test=0.05)
 
 
