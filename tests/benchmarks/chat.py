@@ -1,25 +1,34 @@
 """Chat beside mlx-lm: how fast tokens come, and how soon the fifth turn of a long conversation is answered.
 
-    python -m tests.benchmarks.chat MODEL [--tokens 64] [--turns 5] [--repeats 3]
+    python -m tests.benchmarks.chat MODEL [--tokens 64] [--turns 5] [--repeats 3] [--only rate,resent,programs,swap]
 
-Prints one JSON line a figure. Both use the same model in one process, in turns. mlx_lm.chat keeps a cache, but sends
-every turn with a template of its own, so that the model sees no earlier turn as it was trained to; its way to the same
-prompt is to send all turns again (`mlx_lm.generate`, `mlx_lm.server` without its prompt cache). That is what the fifth
-turn is compared with.
+Prints one JSON line a figure, the two in turns with the same model and questions. `rate` and `resent` are taken in one
+process; `resent` compares the last turn with mlx-lm computing the same prompt, all turns of it, as `mlx_lm.generate`
+does with a conversation. `programs` starts `mlxsft chat` and `mlx_lm.chat` as they are and sends both the same lines
+through pipes. mlx_lm.chat keeps a cache itself, so that it computes no more for a turn than we do; but it renders each
+turn as if it was the first one (with the template's default system prompt, and without the end of the answer before).
 
-Measured on two cores, MLX's CPU backend, the shapes of SmolLM2-135M in float32: 21.7 tokens a second, 1.02 times
-mlx-lm's (0.97 to 1.03 in three turns); 2.8 s to the first token of turn 5, of 1,672 tokens, 0.245 times mlx-lm's (0.244
-to 0.252); 2.2 ms to swap adapters, at most 2.8.
+Measured on two cores that other work shared, MLX's CPU backend with OpenBLAS in both, the shapes of SmolLM2-135M in
+float32, medians: tokens a second 0.995 times mlx-lm's (0.89 to 1.11 in seven turns); 2.5 s to the first token of turn
+5, of 1,096 tokens, 0.224 times mlx-lm's with all turns sent again (0.220 and 0.229); 2.0 s to its first byte from the
+program, 0.85 times mlx_lm.chat's (0.84 to 1.05 in three turns); 9 ms to swap adapters, at most 13.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from mlxsft.backends import Sampling, load_backend
+from mlxsft.backends.blas import load_blas
 from mlxsft.backends.mlx import MlxBackend
 from mlxsft.backends.mlx_models import mlx_lm
 from mlxsft.chat.generate import Answer, Memory, stream_answer
@@ -61,20 +70,73 @@ class Bench:
         return tokens / (time.perf_counter() - began - first), first
 
 
+@dataclass(frozen=True)
+class Program:
+    """A chat program on pipes: what it writes when it waits for a line, and how a line is sent so that it does."""
+
+    command: Sequence[str]
+    waits: bytes  # a pattern
+    asks: str = "{}\n"
+    echo: int = 0  # bytes that it writes before it begins to compute
+
+    def last_of(self, questions: Sequence[str]) -> float:
+        """Seconds from sending the last question to the first byte of its answer."""
+        blas, _ = load_blas()  # mlx-lm's program would take MLX's own, which is slow on Linux
+        environment = os.environ | ({"LD_PRELOAD": blas.path} if blas is not None else {})
+        with subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        ) as ran:
+            assert ran.stdin is not None
+            assert ran.stdout is not None
+            took = 0.0
+            for sent in ["", *(self.asks.format(question) for question in questions)]:
+                began, came, first = time.perf_counter(), b"", 0.0
+                ran.stdin.write(sent.encode() if sent else self.asks.format("").lstrip().encode())
+                ran.stdin.flush()
+                while not re.search(self.waits, came):
+                    more = os.read(ran.stdout.fileno(), 1 << 16)
+                    assert more, f"it ended: {came.decode(errors='replace')}"
+                    came += more
+                    first = first or (time.perf_counter() - began if len(came) > self.echo else 0.0)
+                took = first
+            ran.kill()
+        return took
+
+
+def programs(model: str, tokens: int) -> tuple[Program, Program]:
+    """`mlxsft chat` and `mlx_lm.chat`; ours is asked how long the conversation is when it has answered."""
+    most = ["--max-tokens", str(tokens)]
+    ours = [sys.executable, "-m", "mlxsft", "chat", model, *most]
+    theirs = [sys.executable, "-m", "mlx_lm", "chat", "--model", model, *most]
+    return Program(ours, rb"\d tokens of the ", "{}\n/tokens\n"), Program(theirs, "›".encode(), echo=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="rate,resent,programs,swap")
     asked = parser.parse_args()
+    only = asked.only.split(",")
+    if "programs" in only:
+        questions = [f"{number}. {QUESTION}" for number in range(asked.turns)]
+        both = programs(asked.model, 1)  # what random weights say comes back as more tokens than it was as text
+        pairs = [(both[0].last_of(questions), both[1].last_of(questions)) for _ in range(asked.repeats)]
+        report(f"seconds to the first byte of turn {asked.turns}, both programs", pairs)
+    if "swap" in only:
+        report_swaps(asked.model)
+    if not {"rate", "resent"} & set(only):
+        return
     bench = Bench(asked.model, asked.tokens)
     question = [Turn("user", QUESTION)]
     bench.ours(question), bench.mlx_lms(question)  # what is slow only the first time
-    rates = [(bench.ours(question).tokens_per_second, bench.mlx_lms(question)[0]) for _ in range(asked.repeats)]
-    report("tokens a second", rates)
+    if "rate" in only:
+        rates = [(bench.ours(question).tokens_per_second, bench.mlx_lms(question)[0]) for _ in range(asked.repeats)]
+        report("tokens a second", rates)
     firsts, length = [], 0
-    for _ in range(asked.repeats):
+    for _ in range(asked.repeats if "resent" in only else 0):
         turns: list[Turn] = []
         memory = Memory(bench.backend)
         for number in range(asked.turns):
@@ -83,8 +145,8 @@ def main() -> None:
             turns.append(Turn("assistant", answer.text))
         length = answer.prompt_tokens
         firsts.append((answer.prompt_seconds, bench.mlx_lms(turns[:-1])[1]))
-    report(f"seconds to the first token of turn {asked.turns}, of {length} tokens", firsts)
-    report_swaps(asked.model)
+    if firsts:
+        report(f"seconds to the first token of turn {asked.turns}, of {length} tokens, all re-sent by mlx-lm", firsts)
 
 
 def report_swaps(model: str) -> None:

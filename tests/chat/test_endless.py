@@ -27,11 +27,11 @@ def test_fifty_of_fifty_answers_stop_by_themselves(
     model = real / "models" / "tinystories-656k-llama"
     lines = (real / "data" / "instruction" / f"{rows}.jsonl").read_text(encoding="utf-8").splitlines()[-450:]
     lines = [line for line in lines if len(json.loads(line).get("prompt", line)) < 600]  # which leaves room
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-ASKED]) + "\n", encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:-ASKED]) + "\n", encoding="utf-8")
     (tmp_path / "asked.jsonl").write_text("\n".join(lines[-ASKED:]) + "\n", encoding="utf-8")
     recipe = write_recipe(
         tmp_path, model, adapter={"rank": 16, "alpha": 32},
-        data={"train": str(tmp_path / "rows.jsonl"), "valid": None, "max_tokens": 384},
+        data={"train": str(tmp_path / "train.jsonl"), "valid": None, "max_tokens": 384},
         train={"epochs": epochs, "batch_size": 8, "learning_rate": 3e-3}, save__every=1.0,
     )  # fmt: skip
     assert train(recipe, tmp_path / "run") == 0

@@ -86,6 +86,18 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page: Page) -> None
     assert page.evaluate("document.getElementById('composer').getBoundingClientRect().bottom") <= 640
 
 
+def test_the_end_of_an_answer_is_in_sight_with_its_figures(page: Page) -> None:
+    page.size(360, 640)
+    page.evaluate("document.getElementById('max-tokens').value = 1")
+    for _ in range(4):
+        ask(page, "Who are you?")
+    figures = page.evaluate("[...document.querySelectorAll('.answer small')].map(small => small.textContent)")
+    assert figures == ["1 token · cut off"] * 8
+    assert page.evaluate("talk.scrollHeight > 2 * talk.clientHeight")
+    assert page.evaluate("talk.scrollHeight - talk.scrollTop - talk.clientHeight") < 2
+    page.evaluate("document.getElementById('max-tokens').value = 12")
+
+
 def test_there_is_a_dark_page(page: Page) -> None:
     def lightness() -> list[int]:
         colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
