@@ -81,7 +81,7 @@ def copy(recipe: ShippedRecipe, target: Path, *, force: bool = False) -> list[Pa
     there = [str(path) for path in targets if path.exists()]
     if there and not force:
         raise UsageError(
-            f"{' and '.join(there)}: {'exists' if len(there) == 1 else 'exist'} already",
+            f"{' and '.join(there)}: {'is' if len(there) == 1 else 'are'} there already",
             "--force replaces what is there.",
         )
     for path, text in targets.items():

@@ -297,7 +297,7 @@ def test_copy_refuses_what_exists_and_leaves_it(tmp_path: Path, capsys: pytest.C
     kept = tmp_path / "first-run.jsonl"
     kept.write_text("mine\n")
     assert call(["recipes", "copy", "first-run", str(tmp_path)]) == 2
-    assert f"{kept}: exists already" in capsys.readouterr().err
+    assert f"{kept}: is there already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["first-run.jsonl"]
     assert kept.read_text() == "mine\n"
     assert call(["recipes", "copy", "first-run", str(tmp_path), "--force"]) == 0

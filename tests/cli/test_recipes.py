@@ -81,7 +81,7 @@ def test_import_writes_a_file_once_and_again_only_with_force(mlx_lm: Path, tmp_p
     assert load_recipe(out).train.steps == 7
     mlx_lm.write_text(mlx_lm.read_text().replace("7", "9"))
     error = refused("import", mlx_lm, "--out", out)
-    assert error.message == f"{out}: exists already"
+    assert error.message == f"{out}: is there already"
     assert error.hint is not None
     assert "--force" in error.hint
     assert load_recipe(out).train.steps == 7

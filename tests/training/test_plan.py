@@ -255,7 +255,7 @@ def test_the_recipe_that_fits_is_written_once(recipe: Path, tmp_path: Path, caps
     assert json.loads(capsys.readouterr().out)["fit"]["settings"] == {}  # it fits as it is
     assert load_recipe(out) == load_recipe(recipe)
     assert call(command) == 2  # never overwritten
-    assert "exists already" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_what_fits_nowhere_is_said(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
