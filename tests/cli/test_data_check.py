@@ -19,7 +19,7 @@ def test_gate_page_and_json(tmp_path: Path, tiny_llama: Path, capsys: pytest.Cap
     made = json.loads(capsys.readouterr().out)
     assert made["ledger"] == {"read": 1, "usable": 1}
     assert page.read_text().startswith("<!doctype html>")
-    assert call([*common, "--html", str(page)]) == 3
+    assert call([*common, "--html", str(page)]) == 2
     assert call([*common, "--fail-on", "leakage"]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert call([*common, "--fail-on", "nonsense"]) == 2

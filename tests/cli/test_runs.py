@@ -169,7 +169,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None
     assert html.count("answer 20") == 1
     for words in ("train.learning_rate", "mind this", "too long", "The adapter is that of step 20", "base.name"):
         assert words in html
-    assert call(["runs", "show", str(run), "--html", str(page)]) == 3
+    assert call(["runs", "show", str(run), "--html", str(page)]) == 2
     assert call(["runs", "show", str(run), str(run), "--html", str(page), "--force"]) == 0
 
 
