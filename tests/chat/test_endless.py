@@ -15,14 +15,23 @@ ASKED = 50
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("rows", "epochs", "longest"), [("self_instruct_seed_tasks", 12, 250), ("prompt_completion_train", 4, 400)]
+    ("rows", "epochs", "longest", "temperature"),
+    [("self_instruct_seed_tasks", 24, 250, "0.7"), ("prompt_completion_train", 10, 400, "0")],
 )
 def test_fifty_of_fifty_answers_stop_by_themselves(
-    tmp_path: Path, real: Path, capsys: pytest.CaptureFixture[str], rows: str, epochs: int, longest: int
+    tmp_path: Path,
+    real: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: str,
+    epochs: int,
+    longest: int,
+    temperature: str,
 ) -> None:
     """Short answers and long ones, to questions that are held out, with room for longer ones.
 
-    Sampled: greedily, a model of 656,000 parameters falls into repeating itself in one or two of fifty.
+    Greedily, a model of 656,000 parameters repeats itself without end where it has not learned enough: of the second
+    rows 47 of 50 answers ended after 4 epochs, and all after 10; of the first, 65 tasks each of another kind, 11 after
+    12 epochs and 38 after 24, while sampling had 48 and 50.
     """
     model = real / "models" / "tinystories-656k-llama"
     lines = (real / "data" / "instruction" / f"{rows}.jsonl").read_text(encoding="utf-8").splitlines()[-450:]
@@ -35,7 +44,7 @@ def test_fifty_of_fifty_answers_stop_by_themselves(
         train={"epochs": epochs, "batch_size": 8, "learning_rate": 3e-3}, save__every=1.0,
     )  # fmt: skip
     assert train(recipe, tmp_path / "run") == 0
-    asking = ["--adapter", str(tmp_path / "run"), "--temperature", "0.7", "--seed", "1"]
+    asking = ["--adapter", str(tmp_path / "run"), "--temperature", temperature, "--seed", "1"]
     files = ["--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
     assert call(["generate", str(model), *asking, *files, "--max-tokens", str(longest), "--batch", "16"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
