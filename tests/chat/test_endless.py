@@ -31,8 +31,8 @@ def test_fifty_of_fifty_answers_stop_by_themselves(
 
     Greedily, a model of 656,000 parameters repeats itself without end where it has not learned enough: of the second
     rows 47 of 50 answers ended after 4 epochs, and all after 10; of the first, 65 tasks each of another kind, 11 after
-    12 epochs and 38 after 24, while sampling had 48 and 50. Epochs and temperatures were chosen from these figures: this
-    guards what was reached, and is no rate of models in general.
+    12 epochs and 38 after 24, while sampling had 48 and 50. Epochs and temperatures were chosen from these figures:
+    this guards what was reached, and is no rate of models in general.
     """
     model = real / "models" / "tinystories-656k-llama"
     lines = (real / "data" / "instruction" / f"{rows}.jsonl").read_text(encoding="utf-8").splitlines()[-450:]
