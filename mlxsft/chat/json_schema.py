@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -143,12 +144,18 @@ def _matcher(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
     return LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
 
 
+# llguidance quotes the grammar that `_grammar` has put around a schema, which nobody wrote.
+_WITHIN_GRAMMAR = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)\n +\d+ \| ", re.DOTALL)
+
+
 def _raise_problem(matcher: LLMatcher) -> None:
     if not matcher.is_error():
         return
     problem = matcher.get_error().removesuffix("\n<non-verbose/>")
     if problem == "NoExtensionBias":
         raise InputRefused(NOTHING)
+    if within := _WITHIN_GRAMMAR.match(problem):
+        problem = within[1]
     raise InputRefused(one_line(f"the JSON schema cannot be used: {problem[-300:]}"))
 
 

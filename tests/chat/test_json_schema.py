@@ -23,6 +23,7 @@ from mlxsft.data.render import Renderer, load_renderer
 from mlxsft.data.rows import Origin
 from mlxsft.errors import InputRefused
 from mlxsft.models.source import open_model
+from mlxsft.quickstart.trial import BASE
 from tests.tiny import write_llama
 
 TURNS = [Turn("user", "Who are you?")]
@@ -264,6 +265,16 @@ def test_what_is_no_schema_or_cannot_be_kept_to_is_said_in_a_sentence(
     assert words in refused.value.message
     assert "\n" not in refused.value.message
     assert len(refused.value.message) < 500
+
+
+@pytest.mark.parametrize("schema", ['{"type": 3}', '{"properties": {"a": {"pattern": "("}}}'])
+def test_what_is_wrong_with_a_schema_is_said_without_the_grammar_around_it(schema: str) -> None:
+    renderer = load_renderer(open_model(str(BASE)))
+    assert renderer.opening.isspace()  # for which there is a grammar
+    with pytest.raises(InputRefused, match=r"type must be a string|unclosed group") as refused:
+        JsonSchema(renderer, json.loads(schema))
+    assert "answer" not in refused.value.message
+    assert "x-guidance" not in refused.value.message
 
 
 def test_references_a_thousand_deep_do_not_end_the_process(checkpoints: dict[str, Path]) -> None:
