@@ -22,6 +22,7 @@ from mlxsft.backends import Constraint, Sampling
 from mlxsft.chat.generate import Answer, Memory, continue_prompt
 from mlxsft.chat.load import Loaded
 from mlxsft.data.render import Renderer
+from mlxsft.errors import MlxsftError
 
 ANSWERS_AT_ONCE = 8
 CACHED_TOKENS = 16_384  # in all key-value caches together, unless one answer alone needs more
@@ -201,10 +202,12 @@ class Worker:
 
     @contextmanager
     def _telling(self, job: Job) -> Iterator[None]:
-        """What fails within it is told to the job, and to the terminal; the others go on."""
+        """What fails within it is told to the job, and a bug to the terminal too; the others go on."""
         try:
             yield
-        except Exception as error:
+        except MlxsftError as error:  # a JSON schema that turns out to be too complex, for one
+            job.deliver(error)
+        except Exception as error:  # whatever it is, other people's answers must not end with it
             traceback.print_exc()
             job.deliver(error)
 

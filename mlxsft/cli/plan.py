@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxsft.cli.examples import examples
+from mlxsft.cli.train import BACKENDS
 
 if TYPE_CHECKING:
     from mlxsft.training.plan import Forecast, PaperForecast
     from mlxsft.training.trial import Trial
-
-BACKENDS = click.Choice(["auto", "mlx", "torch"])
 
 
 @click.command(

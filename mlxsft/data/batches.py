@@ -51,7 +51,7 @@ class Batch:
     def part(self, lines: slice, columns: slice = slice(None)) -> Batch:
         """Some lines of it, and some columns of those."""
         arrays = (self.tokens, self.mask, self.segments, self.trunk, self.numbers)
-        return Batch(*(None if array is None else array[lines, columns] for array in arrays))  # type: ignore[arg-type]
+        return Batch(*(None if array is None else array[lines, columns] for array in arrays))  # type: ignore[arg-type]  # in order
 
 
 def epoch_order(lengths: ArrayLike, batch_size: int, *, seed: int, epoch: int) -> list[Rows]:

@@ -75,8 +75,9 @@ def halves(base: Statistic, tuned: Statistic, count: int, *, seed: int) -> Paire
     Drawn with replacement, an answer would stand beside its own copy: less distinct, more like the others, whatever the
     model does. So each resample is a random half of the answers, without replacement, the same half of both sides:
     around their own mean, which is that of half as many answers, they spread as the statistic of all answers does
-    (the delete-d jackknife with d = n ÷ 2, https://doi.org/10.1214/aos/1176347752; for r of n answers it is scaled by
-    √(r ÷ (n - r)), here 1 or next to it).
+    (the delete-d jackknife with d = n ÷ 2 of C. F. J. Wu, Annals of Statistics 1990, on which
+    https://doi.org/10.1214/aos/1176349268 goes on; for r of n answers it is scaled by √(r ÷ (n - r)), here 1 or next to
+    it).
     """
     everything, random = np.arange(count), np.random.default_rng(seed)
     whole = base(everything), tuned(everything)

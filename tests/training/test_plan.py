@@ -109,7 +109,7 @@ def test_a_broken_recipe_has_the_same_problems_as_for_train(
 
 # --- changes ----------------------------------------------------------------------------------------------------------
 
-SIX = {  # what the issue asks for, by a setting that each changes
+SIX = {  # the changes that are promised, by a setting that each changes
     "micro-batch": {"train.micro_batch_tokens"},
     "max_tokens": {"data.max_tokens"},
     "activation checkpointing": {"train.checkpoint_activations"},
