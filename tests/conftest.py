@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 os.environ["MLXSFT_CACHE"] = tempfile.mkdtemp(prefix="mlxsft-tests-")  # no test reads what an earlier run kept
+
+# A shell without job control starts what runs in its background deaf to Ctrl-C, and so would be what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 
