@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; those
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 os.environ["MLXSFT_CACHE"] = tempfile.mkdtemp(prefix="mlxsft-tests-")  # no test reads what an earlier run kept
+
+# The processes that tests start are many, and need not each compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell without job control starts what runs in its background deaf to Ctrl-C, and so would be what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

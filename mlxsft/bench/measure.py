@@ -56,10 +56,11 @@ def refuse_few_positions(source: ModelSource) -> None:
 
 
 def _answers(question: dict[str, Any], tell: Callable[[Told], None]) -> None:
-    from mlxsft.backends import load_backend
+    from mlxsft.backends import leave_out_torch, load_backend
     from mlxsft.models.source import open_model
     from mlxsft.training.worker import calm_the_gpu
 
+    leave_out_torch(question["backend"])
     task = {"tuning": _tuning, "generating": _generating}[question["task"]]
     if task is _tuning:
         calm_the_gpu(sys.platform, os.environ)  # as every training process does

@@ -48,11 +48,15 @@ class Answer:
 
 @dataclass
 class Memory:
-    """The key-value cache of one conversation, and the tokens that it stands for."""
+    """The key-value cache of one conversation, and the tokens that it stands for.
+
+    `said` has the tokens of the answers by their text: its own tokenization is not always what the model chose.
+    """
 
     backend: Backend
 
     def __post_init__(self) -> None:
+        self.said: dict[str, list[int]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -95,14 +99,15 @@ def stream_answer(
     what differs from the conversation so far is computed; with a `constraint`, only what it allows is said. Raises
     InputRefused where the template refuses, or when the prompt leaves no position for an answer.
     """
-    prompt = renderer.prompt(turns)
+    memory = memory or Memory(backend)
+    prompt = renderer.prompt(turns, said=memory.said)
     steps = continue_prompt(
         backend,
         renderer,
         prompt,
         sampling,
         min(max_tokens, room_for_answer(prompt, renderer.positions, max_tokens)),
-        memory=memory or Memory(backend),
+        memory=memory,
         answer=answer or Answer(),
         opening=renderer.opening,
         stops=stops,
@@ -161,6 +166,10 @@ def continue_prompt(
                 answer.finish = "stopped"
                 break
         yield writer.finish()
+        said = memory.tokens[len(prompt) :][: answer.tokens]
+        # Not where a stop string cut the text, or where it leaves out a control token.
+        if renderer.tokenizer.decode(said, special=True) in (answer.text, opening + answer.text):
+            memory.said[opening + answer.text] = said
     except GeneratorExit:
         raise  # the reader has had enough: what was computed is in the cache
     except BaseException:

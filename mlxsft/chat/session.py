@@ -102,6 +102,11 @@ class Chat:
         """That of the adapter in use."""
         return self.loaded.renderers[self.loaded.backend.in_use]
 
+    @property
+    def _memory(self) -> Memory:
+        """That of the adapter in use."""
+        return self._memories.setdefault(self.loaded.backend.in_use, Memory(self.loaded.backend))
+
     def begin(self, system: str | None) -> None:
         """Begin a conversation anew, with this system prompt."""
         self.turns = [Turn("system", system)] if system else []
@@ -160,7 +165,7 @@ class Chat:
             prompt,
             sampling,
             longest,
-            memory=self._memories.setdefault(backend.in_use, Memory(backend)),
+            memory=self._memory,
             answer=answer,
             opening=renderer.opening,
             stop=stop,
@@ -177,7 +182,8 @@ class Chat:
         left_out = min(self._left_out, len(parts) - 1)
 
         def tokens() -> list[int]:
-            return self.renderer.prompt([*system, *chain.from_iterable(parts[left_out:])])
+            kept = [*system, *chain.from_iterable(parts[left_out:])]
+            return self.renderer.prompt(kept, said=self._memory.said)
 
         prompt = tokens()
         if positions is not None:
@@ -318,7 +324,9 @@ class Chat:
 
     def _tell_tokens(self) -> None:
         positions = self.renderer.positions
-        said = self.renderer.prompt(self.turns) if self.turns and self.turns[-1].role != "system" else []
+        said: list[int] = []
+        if self.turns and self.turns[-1].role != "system":
+            said = self.renderer.prompt(self.turns, said=self._memory.said)
         of = "" if positions is None else f" of the {positions} that the model takes"
         less = f"; the oldest {self._left_out} exchanges are left out" if self._left_out else ""
         self.face.note(f"{len(said)} tokens{of}{less}")

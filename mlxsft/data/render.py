@@ -7,11 +7,12 @@ are the same in both.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,21 +114,28 @@ class Renderer:
         self._chat = ChatTemplate(tokenizer, template)
         self.notes = self._chat.notes
         self.opening = self._chat.opening
-        last = tokenizer.encode(self._chat.end_text)[-1:]
+        self._end = tokenizer.encode_all([(self._chat.end_text, False)])[0]
+        last = self._end[-1:]
         self._end_takes_space = any(map(tokenizer.takes_space, last))
         self.end_tokens = frozenset(end_tokens) | tokenizer.eos_token_ids | frozenset(last)
 
-    def prompt(self, turns: Sequence[Turn], tools: Tools = ()) -> list[int]:
+    def prompt(
+        self, turns: Sequence[Turn], tools: Tools = (), *, said: Mapping[str, Sequence[int]] = MappingProxyType({})
+    ) -> list[int]:
         """The tokens before the next answer: what chat feeds the model is what training put before the answer.
 
-        Special tokens that the turns spell out are tokenized as ordinary text. Raises InputRefused where the template
-        refuses the turns.
+        Special tokens that the turns spell out are tokenized as ordinary text; an answer whose text is in `said` has
+        the tokens given there. Raises InputRefused where the template refuses the turns.
         """
         fence = self.tokenizer.fence
         fenced = [{fence(key): _mapped(value, fence) for key, value in tool.items()} for tool in tools]
         with self._refusing():
             script = self._chat.prompt(map(self._fenced, turns), fenced)
-        return self.checked_prompt([i for ids in self._encode([script])[0] for i in ids])
+        tokens: list[int] = []
+        for piece, ids in zip(script, self._encode([script])[0], strict=True):
+            own = said.get(piece.text.removesuffix(self._chat.end_text)) if piece.answer else None
+            tokens += ids if own is None else [*own, *self._end]
+        return self.checked_prompt(tokens)
 
     def plain_prompt(self, text: str) -> list[int]:
         """The tokens of a text without a template, with the beginning that the tokenizer gives a text.

@@ -409,6 +409,9 @@ def _line(times: Sequence[tuple[int, float]]) -> Callable[[float], float]:
 
 
 def _answers(question: dict[str, Any], tell: Callable[[Told], None]) -> None:
+    from mlxsft.backends import leave_out_torch
+
+    leave_out_torch(question["backend"])
     recipe = Recipe.model_validate_json(json.dumps(question["recipe"]))
     trial = measure(
         recipe,

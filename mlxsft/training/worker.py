@@ -81,10 +81,12 @@ class Channel:
 
 def work(job: Job, channel: Channel, parent_is_gone: threading.Event) -> int:
     """Train; everything that happens goes into the channel. The exit code of the process."""
+    from mlxsft.backends import leave_out_torch
     from mlxsft.training.power import plugged_in
     from mlxsft.training.run import run_training
 
     try:
+        leave_out_torch(job.backend)
         with stop_requested([signal.SIGTERM]) as asked:
             let_through(signal.SIGTERM)
             events = run_training(

@@ -15,7 +15,7 @@ import pytest
 
 from mlxsft.backends import Sampling
 from mlxsft.backends.mlx import MlxBackend
-from mlxsft.chat.generate import Answer, stream_answer
+from mlxsft.chat.generate import Answer, Memory, stream_answer
 from mlxsft.chat.load import Loaded, load_for_chat
 from mlxsft.chat.pipe import PipeFace
 from mlxsft.chat.session import COMMANDS, Chat
@@ -120,6 +120,27 @@ def test_a_turn_computes_only_its_own_tokens_and_answers_as_if_all_were_computed
     turns = talk.chat.turns[:-1]
     "".join(stream_answer(talk.loaded.backend, talk.chat.renderer, turns, Sampling(), 40, answer=fresh))
     assert (fresh.text, fresh.reused_tokens) == (answers[-1].text, 0)
+
+
+def test_an_answer_stays_the_tokens_that_the_model_chose(talk: Talk, computed: list[int]) -> None:
+    talk.chat.sampling = Sampling(temperature=3.0, seed=1)  # hot enough for spellings that no tokenizer would choose
+    answers = [talk.chat.say(question) for question in ("Who are you?", "Who made you?", "bye")]
+    renderer, turns = talk.chat.renderer, talk.chat.turns[:-1]
+    again = renderer.prompt(turns)
+    assert len(again) != answers[-1].prompt_tokens  # its text would be other tokens
+    assert renderer.tokenizer.decode(again) == renderer.tokenizer.decode(
+        renderer.prompt(turns, said=talk.chat._memory.said)
+    )
+    for before, now in pairwise(answers):
+        assert now.prompt_tokens - now.reused_tokens <= now.prompt_tokens - before.prompt_tokens - before.tokens
+
+
+def test_a_text_that_is_not_what_the_tokens_say_is_tokenized_again(both: Loaded) -> None:
+    both.backend.use("tuned")
+    renderer, memory, turns = both.renderers["tuned"], Memory(both.backend), [Turn("user", "Who are you?")]
+    for stops, said in ((["Pip"], {}), ([], {"I am Pip."})):
+        list(stream_answer(both.backend, renderer, turns, Sampling(), 40, memory=memory, stops=stops))
+        assert set(memory.said) == set(said)
 
 
 def test_where_the_template_rewrites_earlier_turns_only_the_changed_tail_is_computed(
