@@ -222,7 +222,7 @@ def test_where_the_trial_finds_no_memory_changes_are_tried_all_the_same(tmp_path
     path = write_recipe(tmp_path, model, **changes)
     write_rows(tmp_path / "rows.jsonl", [(f"{i} " + "Who are you? " * 80, "I am Pip.") for i in range(300)])
     command = [sys.executable, "-m", "mlxsft", "plan", str(path), "--backend", "mlx", "--fit", "6GB", "--json"]
-    bound = 3_600_000_000  # bytes of addresses; 300 rows of 430 tokens take more, 75 do not
+    bound = 2_800_000_000  # bytes of addresses; 300 rows of 430 tokens take more, 75 do not
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
