@@ -29,7 +29,7 @@ from tests.backends.conftest import make_batch, quantized_llama, rows_of
 from tests.backends.test_mlx_packing import CONFIGS
 from tests.backends.test_mlx_parity import save
 from tests.tiny import write_llama, write_tokenizer
-from tests.training.test_run import events, same_adapter, write_recipe
+from tests.training.test_run import events, same_adapter, train, write_recipe
 
 LORA = AdapterRecipe(rank=4, alpha=8.0)
 KINDS = {
@@ -295,13 +295,10 @@ def test_dora_of_an_embedding_is_refused(llama: ModelSource) -> None:
 
 def test_a_run_begun_on_one_backend_goes_on_on_the_other(tmp_path: Path, tiny_llama: Path) -> None:
     recipe, runs = write_recipe(tmp_path, tiny_llama, adapter={"rank": 4, "alpha": 8}), {}
-    straight = runs["torch", "torch"] = tmp_path / "straight"
-    assert call(["train", str(recipe), "--out", str(straight), "--backend", "torch"]) == 0
-    for first, second in (("mlx", "torch"), ("torch", "mlx")):
+    for first, second in (("mlx", "torch"), ("torch", "mlx"), ("torch", "torch")):
         out = tmp_path / f"{first}-{second}"
-        arguments = ["train", str(recipe), "--out", str(out)]
-        assert call([*arguments, "--set", "train.steps=4", "--backend", first]) == 0
-        assert call([*arguments, "--resume", "--allow-change", "steps", "--backend", second]) == 0
+        assert train(recipe, out, "train.steps=4", backend=first) == 0
+        assert train(recipe, out, backend=second, resume=True, allow_changes=["steps"]) == 0
         runs[first, second] = out
         assert [e["backend"] for e in events(out, "start")] == [first, second]
     losses = {pair: [e["loss"] for e in events(out, "step")] for pair, out in runs.items()}
@@ -314,13 +311,13 @@ def test_a_run_begun_on_one_backend_goes_on_on_the_other(tmp_path: Path, tiny_ll
             np.testing.assert_allclose(tensor, other[name], atol=1e-3 * np.abs(tensor).max())
 
 
-def test_a_resumed_run_of_the_command_is_the_straight_one(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_resumed_run_ends_as_the_straight_one(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)  # with dropout
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert call(["train", str(recipe), "--out", str(straight), "--backend", "torch"]) == 0
+    assert train(recipe, straight, backend="torch") == 0
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-0000006")
-    assert call(["train", str(recipe), "--out", str(resumed), "--backend", "torch", "--resume"]) == 0
+    assert train(recipe, resumed, backend="torch", resume=True) == 0
     assert same_adapter(straight, resumed)
 
 
@@ -328,8 +325,8 @@ def test_a_run_with_its_trunk_kept_and_rows_packed_has_the_losses_of_one_without
     model = write_llama(tmp_path / "model", layers=4)
     recipe, found = write_recipe(tmp_path, model, adapter={"rank": 4, "layers": 1}, data__valid=0.2), []
     for cache, batching in (("off", "buckets"), ("memory", "buckets"), ("disk", "packed")):
-        out, settings = tmp_path / cache, [f"--set=train.cache_trunk={cache}", f"--set=train.batching={batching}"]
-        assert call(["train", str(recipe), "--out", str(out), "--backend", "torch", *settings]) == 0
+        out, settings = tmp_path / cache, [f"train.cache_trunk={cache}", f"train.batching={batching}"]
+        assert train(recipe, out, *settings, backend="torch") == 0
         assert bool(events(out, "trunk")) == (cache != "off")
         assert not [e for e in events(out, "note") if "train." in e["message"]]
         found.append([e["loss"] for e in events(out, "step")])

@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--answer-tokens", type=int, default=16, help="of each answer of the programs")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="rate,resent,programs,swap")
@@ -125,7 +126,7 @@ def main() -> None:
     only = asked.only.split(",")
     if "programs" in only:
         questions = [f"{number}. {QUESTION}" for number in range(asked.turns)]
-        both = programs(asked.model, 1)  # what random weights say comes back as more tokens than it was as text
+        both = programs(asked.model, asked.answer_tokens)
         pairs = [(both[0].last_of(questions), both[1].last_of(questions)) for _ in range(asked.repeats)]
         report(f"seconds to the first byte of turn {asked.turns}, both programs", pairs)
     if "swap" in only:

@@ -76,6 +76,7 @@ def train(
     recipe: Path,
     out: Path,
     *overrides: str,
+    backend: str = "auto",
     resume: bool = False,
     force: bool = False,
     allow_changes: Sequence[str] = (),
@@ -85,7 +86,7 @@ def train(
         told = run_training(
             load_recipe(recipe, overrides),
             RunFolder(out),
-            backend_name="auto",
+            backend_name=backend,
             resume=resume,
             force=force,
             allow_changes=allow_changes,
