@@ -108,3 +108,4 @@ def test_base_is_tuned_from_5_to_80_percent(backend: str, tmp_path: Path, capsys
     assert told["base"]["all"]["judged"] == told["tuned"]["all"]["judged"] == 70
     assert told["base"]["all"]["good"] <= 0.05 * 70
     assert told["tuned"]["all"]["good"] >= 0.8 * 70
+    assert told["tuned"]["all"]["ends"] == 70  # an answer that is right and then goes on without end is none
