@@ -251,8 +251,8 @@ def _answer_rows(
     from mlxsft.models.adapter import hashes_of
     from mlxsft.outputs import refuse_existing
 
-    refuse_existing(output, force=force)
     files = files_of([rows])
+    refuse_existing(output, force=force, reads=files)
     read = list(read_conversations([rows], format=row_format, columns=columns, unanswered=True))
     raise_for_broken([row for row in read if isinstance(row, LeftOut)])
     loaded = load()
