@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
+from typing import TextIO
 
 # Everything that steers a terminal; line breaks and tabs are what they are meant to be.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -23,6 +25,13 @@ def one_line(text: str) -> str:
 def told(message: str) -> None:
     """Say something about what goes on, on stderr, where it is not in the way of results."""
     print(printable(message), file=sys.stderr, flush=True)
+
+
+def utf8_stdin() -> TextIO:
+    """stdin, read as UTF-8 in every locale; its other bytes become half characters, which no tokenizer takes."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def colours_wanted() -> bool:

@@ -31,7 +31,7 @@ COMMANDS = {
     "/help": "show these commands",
     "/clear": "forget the conversation, but for the system prompt",
     "/system TEXT|off": "begin anew with this system prompt, or without; alone, show it",
-    "/set NAME VALUE": "set temperature and others; alone, show them",
+    "/set NAME VALUE": "set temperature and others; without VALUE, show it; alone, show all",
     "/retry": "answer the last message again",
     "/undo": "take the last message and its answer back",
     "/edit TEXT": "put a better answer in place of the last one",
@@ -42,6 +42,11 @@ COMMANDS = {
     "/compare A B": "both answer the last message; --blind keeps score",
     "/keep FILE": "append the last exchange to rows for `mlxsft train`",
     "/bye": "leave",
+}
+KEYS = {
+    '"""': "begin and end a message of several lines, as Alt-Enter begins a line",
+    "Ctrl-C": "stop the answer",
+    "Ctrl-R": "search what was said before",
 }
 FORCE, BLIND = "--force", "--blind"
 MULTILINE = '"""'  # begins and ends a message of several lines
@@ -212,7 +217,7 @@ class Chat:
             case "/bye":
                 return False
             case "/help":
-                self.face.note("\n".join(f"  {command:19}{what}" for command, what in COMMANDS.items()))
+                self.face.note("\n".join(f"  {name:19}{what}" for name, what in (COMMANDS | KEYS).items()))
             case "/clear":
                 self.begin(self.turns[0].content if self.turns and self.turns[0].role == "system" else None)
                 self.face.note("The conversation is forgotten.")
@@ -240,7 +245,7 @@ class Chat:
             case "/keep":
                 self._keep(rest)
             case _:
-                self.face.note(f"{name}: there is no such command; /help shows them.")
+                self.face.note(f"{name}: there is no such command; /help shows them. A space before it makes it text.")
         return True
 
     def _system(self, text: str) -> None:
@@ -268,10 +273,11 @@ class Chat:
                 changed: dict[str, Any] = {words[0]: value}
                 self.sampling = replace(self.sampling, **changed)
                 self._drawn = 0
-        elif words:
+        elif len(words) > 1 or not SETTINGS.keys() >= set(words):
             raise UsageError(f"/set takes a name and a value, or `default`. The names are: {', '.join(SETTINGS)}.")
         else:
-            self.face.note("\n".join(f"  {n:19}{values[n]!s:8}{s.help}" for n, s in SETTINGS.items()))
+            shown = {name: "off" if values[name] is None else values[name] for name in words or SETTINGS}
+            self.face.note("\n".join(f"  {n:19}{value!s:8}{SETTINGS[n].help}" for n, value in shown.items()))
 
     def _retry(self) -> None:
         place, before = self._last("user"), self.turns
@@ -471,12 +477,17 @@ def _file(name: str, command: str) -> Path:
     return Path(name).expanduser()
 
 
+def is_open(text: str) -> bool:
+    """Whether a message that begins with marks still waits for those that end it."""
+    begun = text.strip()
+    return begun.startswith(MULTILINE) and not begun.removeprefix(MULTILINE).endswith(MULTILINE)
+
+
 def _whole(line: str, following: Iterator[str]) -> str:
     """The message that begins with a line: all up to the closing marks where it begins with such; empty for none."""
     text = line.rstrip("\r\n")
+    while is_open(text) and (more := next(following, None)) is not None:
+        text = "\n".join([text, more.rstrip("\r\n")])
     if not text.lstrip().startswith(MULTILINE):
         return text if text.strip() else ""
-    text = text.lstrip().removeprefix(MULTILINE)
-    while not text.rstrip().endswith(MULTILINE) and (more := next(following, None)) is not None:
-        text = "\n".join([text, more.rstrip("\r\n")])
-    return text.rstrip().removesuffix(MULTILINE).strip("\n")
+    return text.strip().removeprefix(MULTILINE).removesuffix(MULTILINE).strip("\n")

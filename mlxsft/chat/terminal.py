@@ -10,7 +10,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -25,7 +27,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mlxsft.chat.session import COMMANDS
+from mlxsft.chat.session import COMMANDS, is_open
 from mlxsft.terminal import colours_wanted, printable
 
 REDRAWS = 12  # a second
@@ -40,10 +42,10 @@ class TerminalFace:
         self._notes = Console(stderr=True, highlight=False, no_color=not colours_wanted())
         completer = WordCompleter([command.split()[0] for command in COMMANDS], sentence=True)
         self._session: PromptSession[str] = PromptSession(
-            history=InMemoryHistory() if history is None else FileHistory(str(history)),
+            history=InMemoryHistory() if history is None else _History(str(history)),
             completer=completer,
             complete_while_typing=False,
-            key_bindings=_keys(),
+            key_bindings=_keys(marks=True),
             multiline=True,  # Enter sends nevertheless
             prompt_continuation="  ",
             enable_open_in_editor=True,  # Ctrl-X Ctrl-E
@@ -61,7 +63,7 @@ class TerminalFace:
 
     def show(self, texts: Iterable[str]) -> None:
         growing = ""
-        with Live(console=self.console, refresh_per_second=REDRAWS, transient=True) as live:
+        with without_echo(sys.stdin), Live(console=self.console, refresh_per_second=REDRAWS, transient=True) as live:
             for text in texts:
                 growing += printable(text)
                 end = end_of_whole(growing)
@@ -75,7 +77,8 @@ class TerminalFace:
     def beside(self, titles: Sequence[str], pieces: Iterable[tuple[int, str]]) -> None:
         texts = [""] * len(titles)
         empty: list[RenderableType] = [""] * len(titles)
-        with Live(_columns(titles, empty), console=self.console, refresh_per_second=REDRAWS, transient=True) as live:
+        growing = Live(_columns(titles, empty), console=self.console, refresh_per_second=REDRAWS, transient=True)
+        with without_echo(sys.stdin), growing as live:
             for which, text in pieces:
                 texts[which] += printable(text)
                 live.update(_columns(titles, [_Tail(text, frame=2) for text in texts]))
@@ -90,6 +93,13 @@ class TerminalFace:
             return asking.prompt(question, default=text)
         except (KeyboardInterrupt, EOFError):
             return None
+
+
+class _History(FileHistory):
+    """A history that also takes bytes that are no text, which a terminal may send: as question marks."""
+
+    def store_string(self, string: str) -> None:
+        super().store_string(string.encode("utf-8", "replace").decode("utf-8"))
 
 
 class _Tail:
@@ -138,13 +148,34 @@ def end_of_whole(text: str) -> int:
     return end
 
 
-def _keys() -> KeyBindings:
-    """Enter sends; Alt-Enter begins another line."""
+@contextmanager
+def without_echo(terminal: TextIO) -> Iterator[None]:
+    """What is typed meanwhile is not written into an answer that comes; it stands in the next line."""
+    if sys.platform == "win32" or not terminal.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    quiet = termios.tcgetattr(terminal)
+    quiet[3] &= ~termios.ECHO  # of [iflag, oflag, cflag, lflag, ...]
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+def _keys(marks: bool = False) -> KeyBindings:
+    """Enter sends, but for a message that begins with `marks` and has no end yet; Alt-Enter begins another line."""
     keys = KeyBindings()
 
     @keys.add("enter", filter=~is_searching)  # there it takes what was found
     def _(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
+        if marks and is_open(event.current_buffer.text):
+            event.current_buffer.newline(copy_margin=False)
+        else:
+            event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:

@@ -55,7 +55,7 @@ def chat(
     from mlxsft.chat.load import load_for_chat, named_adapters
     from mlxsft.chat.pipe import PipeFace
     from mlxsft.chat.session import BASES, Chat, Face
-    from mlxsft.terminal import told
+    from mlxsft.terminal import told, utf8_stdin
 
     named = named_adapters(adapters, base=BASES)
     loaded = load_for_chat(model, named, revision=revision, template=template, backend_name=backend, progress=told)
@@ -68,5 +68,5 @@ def chat(
         face = TerminalFace(history_file())
         face.note(f"{loaded.backend.in_use or model} answers; /help shows the commands, /bye leaves.")
     else:
-        face = PipeFace(sys.stdin)
+        face = PipeFace(utf8_stdin())
     Chat(loaded, face, sampling=Sampling(**settings), max_tokens=max_tokens, system=system, keep=keep).run()

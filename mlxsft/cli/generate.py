@@ -180,17 +180,18 @@ def generate(
 
 
 def _asked(prompt: str | None) -> str:
-    """The prompt, from stdin where none is given. Raises UsageError where there is none."""
+    """The prompt, from stdin where none is given, without the end of its last line. Raises UsageError for none."""
     import sys
 
     from mlxsft.errors import UsageError
+    from mlxsft.terminal import utf8_stdin
 
     if prompt is None and sys.stdin.isatty():
         raise UsageError(
             "there is no PROMPT",
             "Give it as an argument or on stdin, or rows with --input; `mlxsft chat` holds a conversation.",
         )
-    asked = prompt if prompt is not None else sys.stdin.read()
+    asked = prompt if prompt is not None else utf8_stdin().read().removesuffix("\n")
     if not asked.strip():
         raise UsageError("the prompt is empty", "Give it as an argument or on stdin.")
     return asked
@@ -225,7 +226,8 @@ def _answer(loaded: Loaded, asked: str, asking: Asking, as_json: bool) -> None:
     told = {**asdict(answer), "tokens_per_second": round(answer.tokens_per_second, 2)}
     click.echo(json.dumps(told, ensure_ascii=False) if as_json else "")
     if answer.finish == "length" and not as_json:
-        click.echo(f"(cut off after {answer.tokens} tokens; --max-tokens allows more)", err=True)
+        more = "--max-tokens allows more" if answer.tokens == asking.max_tokens else "the model has no more room"
+        click.echo(f"(cut off after {answer.tokens} tokens; {more})", err=True)
 
 
 def _answer_rows(
@@ -251,8 +253,8 @@ def _answer_rows(
     from mlxsft.models.adapter import hashes_of
     from mlxsft.outputs import refuse_existing
 
-    refuse_existing(output, force=force)
     files = files_of([rows])
+    refuse_existing(output, force=force, reads=files)
     read = list(read_conversations([rows], format=row_format, columns=columns, unanswered=True))
     raise_for_broken([row for row in read if isinstance(row, LeftOut)])
     loaded = load()

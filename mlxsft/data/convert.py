@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mlxsft.data.formats import Conversation, LeftOut, ToolCall, Turn, raise_for_broken, read_conversations
 from mlxsft.data.sources import RowSource, files_of
-from mlxsft.errors import UsageError
 from mlxsft.outputs import refuse_existing
 
 
@@ -28,9 +27,7 @@ def convert_files(
     Rows are written one at a time to a file beside `out`, which takes its place at the end; with a broken row that is
     not skipped, `out` stays as it was. Prompts without an answer are written as well.
     """
-    refuse_existing(out, force=force)
-    if any(out.exists() and out.samefile(file) for file in files_of(sources)):
-        raise UsageError(f"{out}: is one of the files to read", "Name another file.")
+    refuse_existing(out, force=force, reads=files_of(sources))
     rows = read_conversations(sources, format=format, columns=columns, unanswered=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -161,6 +161,8 @@ class Tokenizer:
         return ids
 
     def _raw(self, texts: Sequence[str], spelled_out: bool = False) -> list[list[int]]:
+        for text in texts:
+            _refuse_half_characters(text)
         if not self.hf.is_fast:
             encode = self.hf.encode
             return [encode(t, add_special_tokens=False, split_special_tokens=spelled_out) for t in texts]
@@ -209,6 +211,16 @@ class Tokenizer:
     def stream(self, *, special: bool = False) -> TextStream:
         """A decoder for ids that come one by one; `special` as for `decode`."""
         return TextStream(self, special)
+
+
+def _refuse_half_characters(text: str) -> None:
+    """Raises InputRefused for what UTF-8 cannot write, as Python has it for bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = one_line(text[max(0, error.start - 20) : error.start])
+        after = f" behind {where!r}" if where else " at the beginning"
+        raise InputRefused(f"the text has bytes that are not UTF-8{after}", "Save or send it as UTF-8.") from error
 
 
 def _known_config(source: ModelSource) -> Any:

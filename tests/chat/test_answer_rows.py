@@ -186,6 +186,7 @@ def test_the_first_of_some_strings_ends_an_answer(
         (["hello", "--input", "rows.jsonl", "--output", "x.jsonl"], 2, "PROMPT and --input"),
         (["--input", "none.jsonl", "--output", "x.jsonl"], 3, "no such file"),
         (["--input", "rows.jsonl", "--output", "."], 2, "is a folder"),
+        (["--input", "rows.jsonl", "--output", "../{here}/rows.jsonl", "--force"], 2, "one of the files to read"),
         (["--input", "broken.jsonl", "--output", "x.jsonl"], 3, "broken"),
         (["hello", "--stop", ""], 2, "empty"),
         (["hello", "--temperature", "-1"], 2, "temperature"),
@@ -197,11 +198,13 @@ def test_what_cannot_be_asked_is_said_in_a_sentence(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
-    assert call(["generate", str(tuned[0]), *arguments]) == code
+    before = rows.read_text()
+    assert call(["generate", str(tuned[0]), *(a.format(here=tmp_path.name) for a in arguments)]) == code
     said = capsys.readouterr()
     assert words in said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "x.jsonl").exists()
+    assert rows.read_text() == before
 
 
 def test_a_model_whose_cache_cannot_be_batched_answers_one_by_one(tuned: tuple[Path, Path]) -> None:

@@ -57,6 +57,13 @@ def test_base_and_adapter_answer_side_by_side(page: Page) -> None:
     assert roles == ["user", "assistant", "user", "assistant"]
 
 
+def test_the_first_model_is_chosen_and_the_first_adapter_beside_it(page: Page) -> None:
+    page.evaluate("left.value = 'pip'; window.earlier = true; location.reload()")
+    page.until("!window.earlier && document.querySelectorAll('#left option').length === 2")
+    assert page.evaluate("[left.value, right.value, document.activeElement.id]") == ["tiny", "pip", "message"]
+    page.evaluate("document.getElementById('max-tokens').value = 12")
+
+
 def test_the_key_leaves_the_address_and_nothing_leaves_the_machine(server: Serving, page: Page) -> None:
     ask(page, "hello")
     assert page.evaluate("location.href") == f"{server.url}/"
@@ -126,6 +133,8 @@ def test_without_the_key_the_page_asks_for_it(server: Serving, page: Page) -> No
     page.evaluate("sessionStorage.clear()")
     page.open(f"{server.url}/")
     page.until("!document.getElementById('ask-key').hidden")
+    empty = "[...document.querySelectorAll('select, #message, #clear')].filter(e => e.checkVisibility()).length"
+    assert page.evaluate(empty) == 0  # there is nothing to choose yet, and nobody to write to
     page.write("a-wrong-key-of-someone")
     page.press("Enter")
     page.until("document.getElementById('key-error').textContent.startsWith('the key is wrong')")

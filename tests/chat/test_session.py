@@ -18,7 +18,7 @@ from mlxsft.backends.mlx import MlxBackend
 from mlxsft.chat.generate import Answer, Memory, stream_answer
 from mlxsft.chat.load import Loaded, load_for_chat
 from mlxsft.chat.pipe import PipeFace
-from mlxsft.chat.session import COMMANDS, Chat
+from mlxsft.chat.session import COMMANDS, KEYS, Chat
 from mlxsft.cli import call
 from mlxsft.data.formats import Turn, read_conversations
 from mlxsft.data.render import Renderer
@@ -81,8 +81,10 @@ def test_between_three_quotation_marks_lines_are_one_message(talk: Talk) -> None
 
 def test_an_unknown_command_gets_a_sentence(talk: Talk) -> None:
     assert talk("/nonsense", "/", "/set", "/help", "Who are you?") == "I am Pip.\n"
-    assert "/nonsense: there is no such command; /help shows them." in talk.noted
-    assert all(command in talk.noted for command in COMMANDS)
+    assert "/nonsense: there is no such command; /help shows them. A space before it makes it text." in talk.noted
+    assert all(command in talk.noted for command in (*COMMANDS, *KEYS))
+    talk(" /nonsense")
+    assert talk.asked[-1] == " /nonsense"
     assert talk("/bye", "Who are you?") == ""
 
 
@@ -209,6 +211,12 @@ def test_a_message_that_does_not_fit_is_refused_and_the_conversation_goes_on(tal
     assert talk.asked == ["Who are you?"]
 
 
+def test_bytes_that_are_no_text_are_refused_and_the_conversation_goes_on(talk: Talk) -> None:
+    assert talk("caf\udce9", "Who are you?") == "I am Pip.\n"
+    assert "the text has bytes that are not UTF-8" in talk.noted
+    assert talk.asked == ["Who are you?"]
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(both: Loaded) -> None:
     both.backend.use(None)
 
@@ -277,7 +285,9 @@ def test_settings_are_set_within_their_ranges(talk: Talk) -> None:
     assert talk.chat.sampling == Sampling(0.7, 1.0, 5, 0.0, 1.2, None)
     assert "top_p: got 0, expected a number above 0 to 1" in talk.noted
     assert "top_k: got 1.5, expected a whole number from 0 to 2147483648." in talk.noted
-    assert talk.noted.count("The names are: max_tokens") == 2
+    assert talk.noted.count("The names are: max_tokens") == 1
+    assert "  seed               off     Of the sampling" in talk.noted
+    assert "top_p " not in talk.noted
 
 
 def test_the_same_lines_and_seed_give_the_same_conversation_and_a_retry_another_answer(both: Loaded) -> None:

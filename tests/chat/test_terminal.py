@@ -14,7 +14,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from mlxsft.chat.terminal import TerminalFace, end_of_whole, history_file
+from mlxsft.chat.terminal import TerminalFace, end_of_whole, history_file, without_echo
 
 ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"
 TEXT = """# Tools
@@ -54,6 +54,34 @@ def keys() -> Iterator[PipeInput]:
 def test_enter_sends_alt_enter_begins_a_line_ctrl_c_clears_ctrl_d_leaves(keys: PipeInput) -> None:
     keys.send_text(f"q\rWho are{ALT_ENTER}you?\rgone{CTRL_C}hello\r{CTRL_D}")
     assert list(TerminalFace(None).lines()) == ["q", "Who are\nyou?", "hello"]
+
+
+def test_marks_keep_a_message_open_until_they_end_it_and_ctrl_c_gives_it_up(keys: PipeInput) -> None:
+    keys.send_text(f'"""\rWho are\r/bye\r"""\r"""oh{ALT_ENTER}no\r{CTRL_C}"""hello"""\r{CTRL_D}')
+    assert list(TerminalFace(None).lines()) == ['"""\nWho are\n/bye\n"""', '"""hello"""']
+
+
+def test_bytes_that_are_no_text_do_not_end_the_program(keys: PipeInput, tmp_path: Path) -> None:
+    keys.send_bytes(b"caf\xe9\rhello\r\x04")
+    assert list(TerminalFace(tmp_path / "history").lines()) == ["caf\udce9", "hello"]
+    assert "+caf?\n" in (tmp_path / "history").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+def test_what_is_typed_while_an_answer_comes_is_not_written_into_it() -> None:
+    import termios
+
+    def echoes() -> bool:
+        return bool(termios.tcgetattr(theirs)[3] & termios.ECHO)
+
+    ours, theirs = os.openpty()
+    with os.fdopen(ours), os.fdopen(theirs) as terminal:
+        assert echoes()
+        with without_echo(terminal):
+            assert not echoes()
+        assert echoes()
+    with without_echo(io.StringIO()):
+        pass
 
 
 def test_an_answer_to_be_corrected_is_there_to_be_changed(keys: PipeInput) -> None:

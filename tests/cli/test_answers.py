@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -35,6 +36,44 @@ def test_generate_takes_its_prompt_from_stdin(tuned: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "mlxsft", "generate", str(tuned[0]), "--adapter", str(tuned[1])]
     ran = subprocess.run(command, input="Who are you?", capture_output=True, text=True, check=True)
     assert ran.stdout == "I am Pip.\n"
+
+
+def stdin_of(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), encoding="ascii"))
+
+
+def test_the_end_of_the_last_line_on_stdin_is_no_part_of_the_prompt(
+    tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", str(tuned[0]), "--max-tokens", "3", "--json"]
+    told = []
+    for prompt, sent in (["Köln?\n\nWo?"], b""), ([], "Köln?\n\nWo?\n".encode()), ([], "Köln?\n\nWo?".encode()):
+        stdin_of(monkeypatch, sent)
+        assert call([*asked, *prompt]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        told.append((answer["prompt_tokens"], answer["text"]))
+    assert told[0] == told[1] == told[2]
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_in_a_sentence(
+    tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin_of(monkeypatch, b"Das caf\xe9")
+    for prompt in [], ["Das caf\udce9"]:  # as Python has such a byte of the command line
+        assert call(["generate", str(tuned[0]), *prompt]) == 3
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 2)
+        assert "not UTF-8 behind" in said.err
+        assert "Das caf'" in said.err
+
+
+def test_what_cut_an_answer_off_is_said(tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt, options, why in (
+        ("hello", ["--max-tokens", "2"], "--max-tokens allows more"),
+        ("hello " * 250, [], "the model has no more room"),
+    ):
+        assert call(["generate", str(tuned[0]), prompt, *options]) == 0
+        assert why in capsys.readouterr().err
 
 
 def test_generate_as_json_tells_text_finish_and_figures(
