@@ -92,7 +92,8 @@ def best_of(name: str, values: Sequence[Metric | None]) -> set[int]:
 
 def shown_value(name: str, value: float | None) -> str:
     """A value of this metric, in its form; empty where there is none."""
-    return "" if value is None else format(value, METRICS[name].form).removesuffix(".")
+    shown = "" if value is None else format(value, METRICS[name].form).removesuffix(".")
+    return f"{value:,.0f}" if "e+" in shown and abs(value or 0) < 1e6 else shown
 
 
 def interval(name: str, metric: Metric) -> str:

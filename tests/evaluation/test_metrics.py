@@ -272,8 +272,8 @@ def test_a_table_of_parts_fits_80_columns_and_values_keep_their_digits() -> None
     head, row = (line.split() for line in console.export_text().splitlines()[:2])
     assert head[-3:] == ["95", "%", "interval"]
     assert row[-3:] == ["+61.2%", "to", "+100.0%"]
-    shown = [shown_value("heldout_perplexity", value) for value in (20.0, 1.06, 123.4)]
-    assert shown == ["20.0", "1.06", "123"]
+    shown = [shown_value("heldout_perplexity", value) for value in (20.0, 1.06, 123.4, 1608.0, 2e9)]
+    assert shown == ["20.0", "1.06", "123", "1,608", "2.00e+09"]
 
 
 def test_the_verdict_says_better_only_beyond_the_interval() -> None:
