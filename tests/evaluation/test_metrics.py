@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mlxsft.errors import UsageError
 from mlxsft.evaluation.card import Card, Group, verdict, warnings_of
+from mlxsft.evaluation.card_page import page
 from mlxsft.evaluation.card_text import print_card, shown_value
 from mlxsft.evaluation.diversity import distinct, forms, length_spread, opening_entropy
 from mlxsft.evaluation.intervals import difference, halves, mean, paired
@@ -263,6 +264,15 @@ def test_answers_that_are_right_of_rows_it_never_read_are_not_by_heart() -> None
     assert said[0.4] == ["it gives 100% of long training answers back word for word, and 40% of held-out ones"]
     assert len(said[0.0]) == 1
     assert said[1.0] == []
+
+
+def test_the_page_lists_warnings_or_says_that_there_is_none() -> None:
+    for warnings, shown in (
+        ([], "<b>Better on held-out rows: 2.000 → 1.000 nats a token. No warning.</b></div>"),
+        (["it forgets"], "<b>Better on held-out rows: 2.000 → 1.000 nats a token.</b><ul><li>It forgets.</li></ul>"),
+    ):
+        said = verdict({"heldout_loss": Metric(2.0, 1.0, 9, -1.2, -0.8)}, warnings)
+        assert shown in page([Card("run", "", "", "", "", {}, {}, said, not warnings, warnings, [])])
 
 
 def test_a_table_of_parts_fits_80_columns_and_values_keep_their_digits() -> None:
