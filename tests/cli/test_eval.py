@@ -351,6 +351,16 @@ def test_several_runs_are_laid_side_by_side(
     assert not (tmp_path / "short" / "card.json").exists()  # it was of the run before
 
 
+def test_runs_of_one_name_are_told_apart_by_their_places(
+    tuned: Path, card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(tuned, other)
+    capsys.readouterr()
+    assert call(["eval", str(tuned), str(other), "--compare", "--json"]) == 0
+    assert [c["run"] for c in json.loads(capsys.readouterr().out)] == [str(tuned), str(other)]
+
+
 def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["eval", "--help"]) == 0
     shown = capsys.readouterr().out
