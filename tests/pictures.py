@@ -19,7 +19,7 @@ from tests.chat.browser import browsing
 
 FOLDER = Path(__file__).resolve().parents[1] / ".github" / "pictures"
 WIDTH = 1040  # of what is shown, in CSS pixels
-HEIGHTS = {"run": 740, "card": 597}
+HEIGHTS = {"run": 740, "card": 567}
 SAMPLES = ["We need a slogan for the Zanora rug.", "Which team gets this ticket? Where is my Torent apron?"]
 COLOURS = 128  # a page has few; a palette makes the file small
 

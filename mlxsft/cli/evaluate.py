@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def evaluate(
     if html is not None:
         refuse_existing(html, force=force)
     required = [Requirement.parse(text) for text in demands]
-    cards = [_card(run, out or run, settings, keep=compare, force=force) for run in runs]
+    cards = _told_apart([_card(run, out or run, settings, keep=compare, force=force) for run in runs], runs)
     if html is not None:
         write_page(page(cards), html, force=force)
     if as_json:
@@ -133,6 +134,17 @@ def evaluate(
     ]
     if failed:
         raise GateFailed("\n  ".join(["what is required was not reached:", *failed]))
+
+
+def _told_apart(cards: Sequence[Card], runs: Sequence[Path]) -> list[Card]:
+    """The cards; where folders of different places have one name, a run is called by its path as it was given."""
+    from dataclasses import replace
+
+    names = [card.run for card in cards]
+    return [
+        replace(card, run=str(run)) if names.count(card.run) > 1 else card
+        for card, run in zip(cards, runs, strict=True)
+    ]  # fmt: skip
 
 
 def _card(run: Path, folder: Path, settings: dict[str, Any], *, keep: bool, force: bool) -> Card:

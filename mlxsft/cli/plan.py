@@ -63,13 +63,13 @@ def plan(
     first = forecast(loaded, backend)
     paper = _paper(machine, first)
     if not as_json:
-        _show(first, paper)
+        _show(first, paper, limit)
     others: list[Forecast] = []
 
     def tell(found: Forecast) -> None:
         others.append(found)
         if not as_json:
-            _show_change(found, _paper(machine, found))
+            _show_change(found, _paper(machine, found), limit)
 
     assert first.counts is not None
     fitted = fitting(loaded, backend, first, limit, tell) if limit is not None else None
@@ -121,47 +121,53 @@ def _target(recipe: Path, out: Path | None, force: bool) -> Path:
     return target
 
 
-def _show(found: Forecast, paper: PaperForecast | None) -> None:
+def _show(found: Forecast, paper: PaperForecast | None, limit: int | None) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    for name, value in _lines(found, paper):
+    for name, value in _lines(found, paper, limit):
         console.print(Text.assemble((f"{name:22}", "bold"), value))
 
 
-def _lines(found: Forecast, paper: PaperForecast | None) -> list[tuple[str, str]]:
+def _lines(found: Forecast, paper: PaperForecast | None, limit: int | None) -> list[tuple[str, str]]:
     """(what, value), for people."""
-    from mlxsft.training.report import duration, size
+    from mlxsft.training.report import duration, ledger_text, size
 
     trial, counts = found.trial, found.counts
     assert counts is not None
+    weighted = f"; {counts.rows:,} an epoch, by their weights" if counts.rows != counts.ledger["trained"] else ""
     lines = [
-        ("rows", f"{counts.rows:,} trained, {counts.valid_rows:,} held out"),
+        ("rows", ledger_text(counts.ledger) + weighted),
         (
             "tokens an epoch",
             f"{counts.tokens:,}, {counts.trained_tokens:,} trained; padding {counts.padding_share:.1%}",
         ),
-        ("steps", f"{counts.steps:,} in {counts.epochs:g} epochs{_trunk(trial)}"),
+        ("steps", f"{counts.steps:,} in {counts.epochs:.3g} epochs{_trunk(trial)}"),
         ("largest micro-batch", f"{counts.largest[0]} rows of {counts.largest[1]} tokens"),
     ]
     if trial is None:
         return [*lines, ("memory", f"does NOT fit: {found.failure}")]
-    fits = "fits" if trial.fits else "does NOT fit"
     kept = f", {size(trial.trunk_bytes)} for what is computed once" if trial.trunk_bytes else ""
     lines += [
         ("parameters", f"{trial.trainable_parameters:,} trained of {trial.parameters:,} ({trial.trainable_share:.2%})"),
         ("memory, measured", f"{size(trial.peak_bytes)} for arrays, {size(trial.process_bytes)} for the program{kept}"),
-        ("", f"{fits} in the {size(trial.memory_bytes)} that are free on this machine"),
+        *([("", f"{_fits(found.needed_bytes, limit)} of --fit")] if limit else []),
+        ("", f"{_fits(trial.needed_bytes, trial.memory_bytes)} that are free on this machine"),
         ("time, forecast", f"{_time(trial)} ({trial.backend} on the {trial.device}): {_parts(trial)}"),
     ]
     if paper:
-        fits = "fits" if paper.fits else "does NOT fit"
         if paper.seconds is not None:
             lines.append((paper.machine, f"on paper, not measured: {duration(paper.seconds)} for the updates"))
-        memory = f"on paper, not measured: {size(paper.needed_bytes)}, {fits}"
-        lines.append(("", f"{memory} in the {size(paper.memory_bytes)} that its GPU may take"))
+        fits = _fits(paper.needed_bytes, paper.memory_bytes)
+        lines.append(("", f"on paper, not measured: {size(paper.needed_bytes)}, {fits} that its GPU may take"))
     return lines
+
+
+def _fits(needed_bytes: float, limit: int) -> str:
+    from mlxsft.training.report import size
+
+    return f"{'fits' if needed_bytes <= limit else 'does NOT fit'} in the {size(limit)}"
 
 
 def _trunk(trial: Trial | None) -> str:
@@ -192,7 +198,8 @@ def _parts(trial: Trial) -> str:
     return ", ".join(f"{name} {said}" for name, said in parts.items()) + before
 
 
-def _show_change(found: Forecast, paper: PaperForecast | None) -> None:
+def _show_change(found: Forecast, paper: PaperForecast | None, limit: int | None) -> None:
+    """One change or several; whether the run then fits is about --fit, where that is given, else this machine."""
     from mlxsft.training.report import size
 
     names = " + ".join(change.name for change in found.changes)
@@ -201,7 +208,7 @@ def _show_change(found: Forecast, paper: PaperForecast | None) -> None:
     if found.trial is None:
         click.echo(f"{names}: {found.failure}\n    {settings}")
         return
-    fits = "fits" if found.trial.fits else "does NOT fit"
+    fits = _fits(found.needed_bytes, limit or found.trial.memory_bytes)
     told = f"{size(found.trial.needed_bytes)}, {fits}, {_time(found.trial)}"
     if paper:
         told += f"; {paper.machine}, on paper: {size(paper.needed_bytes)}, {'fits' if paper.fits else 'does NOT fit'}"

@@ -31,7 +31,7 @@ JSON_NAME, PAGE_NAME = "card.json", "card.html"
 # From where on a change is worth a warning.
 FORGOT_NATS = 0.05  # a token of the general texts
 NARROWER_SHARE = 0.7  # of the base's distinct pairs of words, or of its bits of openings
-MEMORIZED_SHARE = 0.5  # of long training answers
+MEMORIZED_SHARE = 0.5  # of long training answers, beyond what the base gives back and what is right of held-out ones
 GAP_NATS = 0.5  # a token, that held-out rows are harder than trained ones, beyond what they were
 ENDS_SHARE = 0.9
 
@@ -255,9 +255,9 @@ class Findings:
         found: dict[str, Metric] = {}
         asked = self.work.training.asked
         sides = [side.answers["training"] for side in (self.base, self.tuned)]
-        if long := [i for i, row in enumerate(asked) if memorized.is_long(row.reference)]:
-            repeated = [[memorized.repeats(side[i].text, asked[i].reference) for i in long] for side in sides]
-            found["memorized_share"] = self._of_each(*repeated)
+        for name, kind in (("memorized_share", "training"), ("heldout_repeated", "heldout")):
+            if (repeated := self._repeated(kind)) is not None:
+                found[name] = repeated
         if asked:
             before, after = (
                 max(memorized.longest_copy(a.text, row.reference) for row, a in zip(asked, side, strict=True))
@@ -271,6 +271,14 @@ class Findings:
                 count = min(held[1], trained[1])
                 found["train_valid_gap"] = Metric.of(difference(*rows, seed=self.seed), count)
         return found
+
+    def _repeated(self, kind: str) -> Metric | None:
+        """The share of a set's long answers that are given word for word; None where it has none."""
+        asked = self.work.asked[kind]
+        if not (long := [i for i, row in enumerate(asked) if memorized.is_long(row.reference)]):
+            return None
+        sides = [side.answers[kind] for side in (self.base, self.tuned)]
+        return self._of_each(*([memorized.repeats(s[i].text, asked[i].reference) for i in long] for s in sides))
 
     # --- instructions ------------------------------------------------------------------------------------------------
 
@@ -386,10 +394,12 @@ def warnings_of(metrics: Mapping[str, Metric], leaks: Sequence[str]) -> list[str
         fell = metric.tuned < NARROWER_SHARE * (metric.base or 0) and verdict_of(name, metric) == "worse"
         tell(name, f"its answers are more alike: {what} vary at {metric.tuned:.2f}, where the base's do at "
              f"{metric.base or 0:.2f}", when=fell)  # fmt: skip
-    share, gap = at("memorized_share"), at("train_valid_gap")
+    share, unread, gap = at("memorized_share"), at("heldout_repeated"), at("train_valid_gap")
+    by_heart = share.tuned - max(share.base or 0, unread.tuned)  # what is right anyway was not learned by heart
     wider = (gap.change or 0) > GAP_NATS and (gap.low is None or gap.low > 0)
-    tell("memorized_share", f"it gives {share.tuned:.0%} of long training answers back word for word",
-         when=share.tuned > max(MEMORIZED_SHARE, share.base or 0))  # fmt: skip
+    others = f", and {unread.tuned:.0%} of held-out ones" * ("heldout_repeated" in metrics)
+    tell("memorized_share", f"it gives {share.tuned:.0%} of long training answers back word for word{others}",
+         when=by_heart > MEMORIZED_SHARE)  # fmt: skip
     tell("train_valid_gap", f"held-out rows are {gap.tuned:.2f} nats a token harder for it than trained ones "
          f"({gap.base or 0:.2f} for the base)", when=wider)  # fmt: skip
     ends = at("ends_share")

@@ -81,14 +81,14 @@ def page(cards: Sequence[Card]) -> str:
 
 
 def _head(card: Card, *, named: bool) -> str:
-    said = escape(card.verdict.partition(". ")[0])
+    said = escape(card.verdict.partition(". ")[0] + "." if card.warnings else card.verdict)
     warnings = "".join(f"<li>{escape(_capital(warning))}.</li>" for warning in card.warnings)
     listed = f"<ul>{warnings}</ul>" if warnings else ""
     name = f"{escape(card.run)}: " if named else ""
     facts = escape(f"{model_name(card.model)} · {card.backend}")
     return (
         f'<p class="dim">{facts}</p><div class="card verdict {"good" if card.good else "mixed"}">'
-        f"<b>{name}{said}.</b>{listed}</div>"
+        f"<b>{name}{said}</b>{listed}</div>"
     )
 
 

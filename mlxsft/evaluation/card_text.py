@@ -92,7 +92,8 @@ def best_of(name: str, values: Sequence[Metric | None]) -> set[int]:
 
 def shown_value(name: str, value: float | None) -> str:
     """A value of this metric, in its form; empty where there is none."""
-    return "" if value is None else format(value, METRICS[name].form)
+    shown = "" if value is None else format(value, METRICS[name].form).removesuffix(".")
+    return f"{value:,.0f}" if "e+" in shown and abs(value or 0) < 1e6 else shown
 
 
 def interval(name: str, metric: Metric) -> str:
@@ -109,16 +110,16 @@ def signed(written: str) -> str:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, width: int = 28) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(Text(title, "bold"), min_width=28)
+    table.add_column(Text(title, "bold"), min_width=width)
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
 def _groups(groups: Sequence[Group]) -> Table:
-    table = _table("Held-out answers by part", "by", "prompts", "base", "tuned", "95 % of the change")
+    table = _table("Held-out answers by part", "by", "prompts", "base", "tuned", "95 % interval", width=0)
     for group in groups:
         values = (f"{value:.1%}" for value in (group.base, group.tuned))
         within = group_interval(group)

@@ -31,7 +31,7 @@ class Kind:
 
 METRICS: Mapping[str, Kind] = {
     "heldout_loss": Kind("better", "nats a trained token of the held-out rows", "lower"),
-    "heldout_perplexity": Kind("better", "e to the power of that", "lower", ".3g"),
+    "heldout_perplexity": Kind("better", "e to the power of that", "lower", "#.3g"),
     "task_score": Kind("better", "how far held-out answers keep to the rules of their rows, 0 to 1", "higher", ".1%"),
     "exact": Kind("better", "share of held-out answers that are the row's own, but for white space", "higher", ".1%"),
     "rouge_l": Kind("better", "words in common with the row's own answer, in order, 0 to 1", "higher"),
@@ -49,6 +49,7 @@ METRICS: Mapping[str, Kind] = {
     "opening_entropy": Kind("narrower", "bits in their first three words", "higher", ".2f"),
     "prose_share": Kind("narrower", "share of them that is prose: no list, table, code or JSON", "", ".1%"),
     "memorized_share": Kind("memorized", "training answers of 8 words or more that are given back word for word", "lower", ".1%"),  # noqa: E501
+    "heldout_repeated": Kind("memorized", "the same of held-out answers, which it gives without having read them", "", ".1%"),  # noqa: E501
     "longest_copy": Kind("memorized", "most words in a row that an answer to a training prompt copies", "lower", ",.0f"),  # noqa: E501
     "train_loss": Kind("memorized", "nats a trained token of training rows", "lower"),
     "train_valid_gap": Kind("memorized", "held-out loss less training loss, in nats a token", "lower"),

@@ -232,7 +232,8 @@ def _narrower(recipe: Recipe, counts: Counts) -> Iterator[Change]:
     """Changes after which something else is learned."""
     tuned = counts.layers if recipe.adapter.layers == "all" else recipe.adapter.layers
     if (fewer := min(8, tuned // 2)) >= 1:
-        name, price = f"the adapter in the last {fewer} layers", "a smaller adapter"
+        name = f"the adapter in the last {f'{fewer} layers' if fewer > 1 else 'layer'}"
+        price = "a smaller adapter"
         if counts.epochs > 1:
             kept = {"adapter.layers": fewer, "train.cache_trunk": "disk"}
             yield Change(f"{name}, what is below computed once, and kept on the disk", kept, price)

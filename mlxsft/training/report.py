@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -210,16 +210,20 @@ class LiveReport(PlainReport):
 def start_lines(event: Started) -> list[str]:
     """What is about to be trained, on what, with which rows."""
     share = event.trainable_parameters / event.parameters
-    rows = ", ".join(f"{n:,} {what}" for what, n in event.ledger.items() if what != "read")
     steps = f"{event.total_steps} steps, {event.epochs:.3g} epochs"
     return [
         f"model     {event.model} ({event.parameters / 1e6:,.1f} M parameters), template {event.template}",
         f"adapter   {event.trainable_parameters:,} trainable parameters ({share:.2%})",
-        f"rows      {event.ledger['read']:,} read = {rows}",
+        f"rows      {ledger_text(event.ledger)}",
         f"run       {steps}, {event.backend} on {event.device}"
         + (f", {event.ranks} ranks" if event.ranks > 1 else "")
         + (f", going on after step {event.step}" if event.step else ""),
     ]
+
+
+def ledger_text(ledger: Mapping[str, int]) -> str:
+    """What became of the rows that were read."""
+    return f"{ledger['read']:,} read = " + ", ".join(f"{n:,} {what}" for what, n in ledger.items() if what != "read")
 
 
 def event_line(event: Event) -> str:

@@ -44,7 +44,8 @@ class Counts:
 
     backend: str
     device: str
-    rows: int
+    ledger: dict[str, int]  # rows by what became of them; `read` is their sum
+    rows: int  # of an epoch, as often as their weights have them
     valid_rows: int
     tokens: int  # of the training rows, in one epoch
     trained_tokens: int
@@ -200,6 +201,7 @@ class Work:
         return Counts(
             backend=backend,
             device=_device(backend),
+            ledger=self.dataset.ledger,
             rows=len(rows),
             valid_rows=len(self.dataset.valid),
             tokens=sum(len(row.tokens) for row in rows),

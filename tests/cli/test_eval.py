@@ -111,12 +111,15 @@ def test_every_metric_is_measured_where_rows_have_rules(tuned: Path, tmp_path: P
         {"prompt": "Who made you?", "completion": "Tom.", "check": {"contains": "tom"}, "category": "made"},
         {"prompt": "Who are you?", "completion": "Pip.", "check": {"exact": "I am Pip."}, "category": "name"},
         {"prompt": "bye", "completion": "Bye!", "category": "name"},
+        {"prompt": "What are you?", "completion": LONG},
     ]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rules = tmp_path / "rules.yaml"
     rules.write_text("categories: {name: {regex: '!$'}}")
     card = evaluated(tuned, tmp_path / "out", "--data", str(rows), "--rules", str(rules), "--probe", str(rows))
     assert set(card["metrics"]) == set(METRICS)
+    repeated = card["metrics"]["heldout_repeated"]
+    assert (repeated["base"], repeated["tuned"], repeated["count"]) == (0, 1, 1)
     score = card["metrics"]["task_score"]
     assert (score["base"], score["tuned"], score["count"]) == (0, 1, 3)
     assert card["metrics"]["win_rate"]["tuned"] == 1
@@ -346,6 +349,16 @@ def test_several_runs_are_laid_side_by_side(
         assert said in capsys.readouterr().err
     assert train(tmp_path / "recipe.yaml", tmp_path / "short", "train.steps=1", force=True) == 0
     assert not (tmp_path / "short" / "card.json").exists()  # it was of the run before
+
+
+def test_runs_of_one_name_are_told_apart_by_their_places(
+    tuned: Path, card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(tuned, other)
+    capsys.readouterr()
+    assert call(["eval", str(tuned), str(other), "--compare", "--json"]) == 0
+    assert [c["run"] for c in json.loads(capsys.readouterr().out)] == [str(tuned), str(other)]
 
 
 def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mlxsft.errors import UsageError
-from mlxsft.evaluation.card import verdict, warnings_of
+from mlxsft.evaluation.card import Card, Group, verdict, warnings_of
+from mlxsft.evaluation.card_page import page
+from mlxsft.evaluation.card_text import print_card, shown_value
 from mlxsft.evaluation.diversity import distinct, forms, length_spread, opening_entropy
 from mlxsft.evaluation.intervals import difference, halves, mean, paired
 from mlxsft.evaluation.memorized import leaked, longest_copy, repeats
@@ -251,6 +255,35 @@ def test_each_danger_is_warned_of_and_none_without_it(name: str, metric: Metric,
     kept = metric.base if metric.base is not None else 0.0
     unchanged = Metric(metric.base, 1.0 if name == "ends_share" else kept, 9, -0.01, 0.01)
     assert warnings_of({name: unchanged}, []) == []
+
+
+def test_answers_that_are_right_of_rows_it_never_read_are_not_by_heart() -> None:
+    share = Metric(0.0, 1.0, 9, 1.0, 1.0)
+    unread = {right: Metric(0.0, right, 9) for right in (0.0, 0.4, 1.0)}
+    said = {right: warnings_of({"memorized_share": share, "heldout_repeated": m}, []) for right, m in unread.items()}
+    assert said[0.4] == ["it gives 100% of long training answers back word for word, and 40% of held-out ones"]
+    assert len(said[0.0]) == 1
+    assert said[1.0] == []
+
+
+def test_the_page_lists_warnings_or_says_that_there_is_none() -> None:
+    for warnings, shown in (
+        ([], "<b>Better on held-out rows: 2.000 → 1.000 nats a token. No warning.</b></div>"),
+        (["it forgets"], "<b>Better on held-out rows: 2.000 → 1.000 nats a token.</b><ul><li>It forgets.</li></ul>"),
+    ):
+        said = verdict({"heldout_loss": Metric(2.0, 1.0, 9, -1.2, -0.8)}, warnings)
+        assert shown in page([Card("run", "", "", "", "", {}, {}, said, not warnings, warnings, [])])
+
+
+def test_a_table_of_parts_fits_80_columns_and_values_keep_their_digits() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    parts = [Group("translation of prices", "rouge_l", 0.2, 1.0, 128, 0.612, 1.0)]
+    print_card(Card("run", "", "", "", "", {}, {}, "Better", True, [], [], parts), console)
+    head, row = (line.split() for line in console.export_text().splitlines()[:2])
+    assert head[-3:] == ["95", "%", "interval"]
+    assert row[-3:] == ["+61.2%", "to", "+100.0%"]
+    shown = [shown_value("heldout_perplexity", value) for value in (20.0, 1.06, 123.4, 1608.0, 2e9)]
+    assert shown == ["20.0", "1.06", "123", "1,608", "2.00e+09"]
 
 
 def test_the_verdict_says_better_only_beyond_the_interval() -> None:

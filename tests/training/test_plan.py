@@ -62,6 +62,7 @@ def test_the_run_is_as_it_was_told(recipe: Path, planned: Trial, tmp_path: Path)
     steps, start = events(tmp_path / "run", "step"), events(tmp_path / "run", "start")[0]
     end = events(tmp_path / "run", "end")[0]
     assert planned.steps == len(steps)
+    assert planned.ledger == start["ledger"]
     assert planned.trainable_parameters == start["trainable_parameters"]
     assert planned.parameters == start["parameters"]
     assert planned.epochs * planned.trained_tokens == pytest.approx(end["trained_tokens"], rel=0.1)
@@ -264,7 +265,19 @@ def test_what_fits_nowhere_is_said(recipe: Path, tmp_path: Path, capsys: pytest.
     settings += ["--set", "data.too_long=error", "--set", "adapter.layers=1", "--set", "train.cache_trunk=disk"]
     assert call(["plan", str(recipe), *settings, "--fit", "1MB", "--out", str(out), "--backend", "mlx"]) == 6
     assert not out.exists()
-    assert "no change that is known here" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no change that is known here" in said.err
+    assert "does NOT fit in the 1 MB of --fit" in said.out
+    tried = [line for line in said.out.splitlines() if line.startswith("the base in 4 bits: ")]
+    assert len(tried) == 1
+    assert "does NOT fit in the 1 MB, " in tried[0]  # it fits in this machine, which is not what was asked
+
+
+def test_rows_that_are_left_out_are_told(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*PAIRS, ("Tell me all", "I am Pip. " * 40)])
+    settings = [f"data.train={rows}", "data.valid=null", "data.max_tokens=64", "data.too_long=drop", "eval.samples=[]"]
+    assert call(["plan", str(recipe), *(f"--set={s}" for s in settings), "--backend", "mlx"]) == 0
+    assert f"{len(PAIRS) + 1} read = {len(PAIRS)} trained, 0 held out, 1 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["", "eight", "-1GB"])
