@@ -35,7 +35,9 @@ from tests.hostile import MODELS
 from tests.tiny import write_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = [ROOT / "tests/benchmarks/results" / f"{name}.json" for name in ("quickstart", "qwen2.5-0.5b-4bit", "smollm2-135m")]
+RECORDED = [
+    ROOT / "tests/benchmarks/results" / f"{name}.json" for name in ("quickstart", "qwen2.5-0.5b-4bit", "smollm2-135m")
+]
 PROTOCOL_1 = {
     "version": 1,
     "seed": 0,
