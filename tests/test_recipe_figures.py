@@ -35,5 +35,5 @@ def test_trials_with_few_layers_tell_that_with_all(name: str, most: float, monke
     recipe, base = load_recipe(shown.path), counted(shown.base)
     whole, few, more = (tried(shown, recipe, layers) for layers in (None, 1, 2))
     told = all_layers(few, more, base, recipes.tuned(recipe, base))
-    assert more.peak_bytes < 0.7 * whole.peak_bytes
+    assert more.peak_bytes < 0.8 * whole.peak_bytes
     assert 0.95 < told.peak_bytes / whole.peak_bytes < most
