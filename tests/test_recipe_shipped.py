@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
 }
 SPECIAL = {"granite-3": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")}
 ENDS = {"granite-3": "<|end_of_text|>", "llama-3.2": "<|eot_id|>", "mistral-0.1": "</s>", None: "<|endoftext|>"}
+NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # which the tokenizer says
 LENGTH = 4096  # tokens of the longest row here, where a token is hardly more than a byte
 
 each = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -162,8 +163,21 @@ def kind_of(base: str) -> tuple[str, str | None]:
 
 def write_base(at: Path, base: str, layers: int) -> Path:
     """A tiny checkpoint of the family of a base, with its way of chatting, quantized where the base is."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 32, "num_hidden_layers": layers, "max_position_embeddings": LENGTH}
+    raw = write_family(at / "raw", base, sizes, torch.float32)
+    if not base.endswith("-4bit"):
+        return raw
+    assert call(["convert", str(raw), str(at / "quantized"), "--bits", "4"]) == 0
+    return at / "quantized"
+
+
+def write_family(raw: Path, base: str, sizes: Mapping[str, Any], dtype: torch.dtype, **tokenizer: Any) -> Path:
+    """A checkpoint of the family of a base with these sizes and random weights, and a tokenizer that chats as it does.
+
+    Without a `vocab_size` it is as large as the tokenizer.
+    """
     kind, chat = kind_of(base)
-    raw = at / "raw"
     family = FAMILIES.get(chat or "")
     special = (*family.others, family.bos, family.end) if family else SPECIAL.get(chat or "", ())
     template = CHATML if chat == "chatml" else chat and (TEMPLATES / f"{chat}.jinja").read_text(encoding="utf-8")
@@ -173,18 +187,12 @@ def write_base(at: Path, base: str, layers: int) -> Path:
         eos=ENDS.get(chat, "<|im_end|>"),
         bos=family.bos if family else None,
         special=[AddedToken(text, special=True) for text in special if text != "<s>"],
+        **tokenizer,
     )
-    config = AutoConfig.for_model(
-        kind, vocab_size=rows, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=LENGTH, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None,
-    )  # fmt: skip
+    config = AutoConfig.for_model(kind, **{"vocab_size": rows, **NO_IDS, **sizes})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(raw)
-    if not base.endswith("-4bit"):
-        return raw
-    assert call(["convert", str(raw), str(at / "quantized"), "--bits", "4"]) == 0
-    return at / "quantized"
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(raw)
+    return raw
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,23 @@ def write_tokenizer(
     bos: str | None = None,
     eos: str = "<|im_end|>",
     special: Sequence[str | AddedToken] = (),
+    texts: Sequence[str] = (TEXT,) * 8,
+    size: int = 320,
 ) -> int:
-    """A byte-level BPE tokenizer with ChatML's special tokens and those of `special`; how many ids it has."""
+    """A byte-level BPE tokenizer with ChatML's special tokens and those of `special`; how many ids it has.
+
+    `texts` are what it learns its at most `size` tokens from.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT] * 8, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
