@@ -338,7 +338,7 @@ def test_both_backends_answer_with_the_adapter_of_either(
     tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, train={"steps": 40, "batch_size": 4, "learning_rate": 0.01})
-    assert call(["train", str(recipe), "--out", str(tmp_path / "run"), "--backend", "torch"]) == 0
+    assert train(recipe, tmp_path / "run", backend="torch") == 0
     answers = set()
     for backend in ("mlx", "torch"):
         capsys.readouterr()

@@ -71,7 +71,7 @@ def peak_bytes(folder: Path, rows: int, measure: Callable[[Path, Path], dict[str
     return int(str(made["peak_bytes"]))
 
 
-@pytest.mark.parametrize("measure", [check, split])
+@pytest.mark.parametrize("measure", [pytest.param(check, marks=pytest.mark.long), split])
 def test_memory_is_flat(tmp_path: Path, measure: Callable[[Path, Path], dict[str, object]]) -> None:
     """What is read and compared at once is reached by the few rows; 20,000 more took 13 MB once."""
     few, many = (peak_bytes(tmp_path, rows, measure) for rows in (10_000, 30_000))
