@@ -4,6 +4,9 @@
 
 Prints forecast ÷ run: peak of arrays, seconds of updates, seconds from the first update to the end, with
 answers as long as those of the rows and as long as they may be.
+
+Measured on two cores that nothing else used: recipes/quickstart.yaml twice, peak 0.99 and 0.98, seconds 1.09 and 1.02;
+60 rows of SmolLM2-135M's shapes, one epoch, peak 0.99, seconds 1.07. With other work beside it 0.80 to 1.17 was seen.
 """
 
 from __future__ import annotations
