@@ -9,8 +9,8 @@ through pipes. mlx_lm.chat keeps a cache itself, so that it computes no more for
 turn as if it was the first one (with the template's default system prompt, and without the end of the answer before).
 
 Measured on two cores, MLX's CPU backend with OpenBLAS in both, the shapes of SmolLM2-135M in float32, medians: tokens a
-second 1.03 times mlx-lm's (0.79 to 1.22 in nine turns of 32 tokens); 2.5 s to the first token of turn 5, of 1,096 tokens,
-0.224 times mlx-lm's with all turns sent again (0.220 and 0.229); 9 ms to swap adapters, at most 13.
+second 1.03 times mlx-lm's (0.79 to 1.22 in nine turns of 32 tokens); 2.5 s to the first token of turn 5, of 1,096
+tokens, 0.224 times mlx-lm's with all turns sent again (0.220 and 0.229); 9 ms to swap adapters, at most 13.
 From the programs, with answers of 16 tokens, the first byte of turn 5 took 1.02 times mlx_lm.chat's (0.99 and 1.20 in
 three turns), which keeps its cache as well. It was 1.28 to 1.51 times while an answer's text was encoded again: what
 random weights say becomes more tokens then. A trained model was not measured.
