@@ -86,7 +86,8 @@ def work(job: Job, channel: Channel, parent_is_gone: threading.Event) -> int:
     from mlxsft.training.run import run_training
 
     try:
-        leave_out_torch(job.backend)
+        if not job.recipe.report:  # whose libraries may look at PyTorch where it is installed
+            leave_out_torch(job.backend)
         with stop_requested([signal.SIGTERM]) as asked:
             let_through(signal.SIGTERM)
             events = run_training(
