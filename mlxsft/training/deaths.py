@@ -6,14 +6,14 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-# What MLX, Metal, the C++ library and Python write when memory does not suffice.
+# What MLX, Metal, the C and C++ libraries and Python write when memory does not suffice; upper and lower case are alike.
 _MEMORY = (
     "Insufficient Memory",
     "kIOGPUCommandBufferCallbackErrorOutOfMemory",
     "[metal::malloc]",
     "Unable to allocate",
     "attempting to allocate",
-    "Cannot allocate memory",
+    "cannot allocate memory",
     "std::bad_alloc",
     "MemoryError",
 )
@@ -27,6 +27,7 @@ _WATCHDOG = (
     "GPU Hang",
     "Internal Error (0000000e",
 )
+_LONGEST_REASON = 160  # characters
 _LOST_RANK = ("[ring] connection to a peer was lost", "[ring] Couldn't connect")
 
 
@@ -61,10 +62,13 @@ def cause_of_death(exit_status: int, last_lines: str) -> Death | None:
         return Death("crash", "it crashed (SIGSEGV), which lack of memory may cause")
     if exit_status < 0:
         return Death("crash", f"it crashed ({signal.Signals(-exit_status).name})")
-    return None if exit_status == 1 else Death("crash", f"it ended with exit code {exit_status} and gave no reason")
+    if exit_status == 1:
+        return None
+    reason = last_lines.rstrip().rpartition("\n")[2].strip()[:_LONGEST_REASON]
+    return Death("crash", f"it ended with exit code {exit_status} " + (f"({reason})" if reason else "and gave no reason"))
 
 
 def _line_with(words: tuple[str, ...], text: str) -> str:
-    """The last line with one of these words, at most 160 characters of it."""
-    found = [line.strip() for line in text.splitlines() if any(word in line for word in words)]
-    return found[-1][:160] if found else ""
+    """The start of the last line with one of these words, in any case."""
+    found = [line.strip() for line in text.splitlines() if any(word.lower() in line.lower() for word in words)]
+    return found[-1][:_LONGEST_REASON] if found else ""

@@ -107,6 +107,7 @@ def test_a_line_that_a_kill_cut_off_is_no_bug(tmp_path: Path, tiny_llama: Path) 
         (1, "RuntimeError: [metal::malloc] Resource limit (499000) exceeded.", "memory"),
         (1, "RuntimeError: [malloc] Unable to allocate 4398046511104 bytes.", "memory"),
         (1, "MemoryError", "memory"),
+        (127, "cannot allocate memory for thread-local data: ABORT", "memory"),  # glibc's loader
         (
             1,
             "RuntimeError: [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:k…)",
@@ -129,6 +130,13 @@ def test_deaths_are_told_apart(status: int, last: str, kind: str) -> None:
     assert death is not None
     assert death.kind == kind
     assert death.smaller_helps == (kind in ("memory", "watchdog"))
+
+
+def test_the_last_words_of_an_unknown_end_are_told() -> None:
+    assert cause_of_death(127, "before\nsymbol lookup error: libx.so\n") == Death(
+        "crash", "it ended with exit code 127 (symbol lookup error: libx.so)"
+    )
+    assert cause_of_death(3, "") == Death("crash", "it ended with exit code 3 and gave no reason")
 
 
 def test_a_bug_is_no_death() -> None:
