@@ -43,7 +43,7 @@ def test_a_bug_has_its_traceback() -> None:
         ("need too much", r"memory ran out \(MemoryError"),
         ("die", "it was killed"),
         ("abort", r"memory ran out \(libc"),
-        ("end early", "it ended with exit code 0 and gave no reason"),
+        ("end early", "it ended with exit code 0; its last line was: this is no message"),
     ],
 )
 def test_a_death_is_lack_of_resources_in_one_sentence(then: str, cause: str) -> None:

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-# What MLX, Metal, the C and C++ libraries and Python write when memory does not suffice; upper and lower case are alike.
+# What MLX, Metal, the C and C++ libraries and Python write when memory does not suffice, in upper or lower case.
 _MEMORY = (
     "Insufficient Memory",
     "kIOGPUCommandBufferCallbackErrorOutOfMemory",
@@ -27,7 +27,7 @@ _WATCHDOG = (
     "GPU Hang",
     "Internal Error (0000000e",
 )
-_LONGEST_REASON = 160  # characters
+_LONGEST_LINE = 160  # characters
 _LOST_RANK = ("[ring] connection to a peer was lost", "[ring] Couldn't connect")
 
 
@@ -64,11 +64,12 @@ def cause_of_death(exit_status: int, last_lines: str) -> Death | None:
         return Death("crash", f"it crashed ({signal.Signals(-exit_status).name})")
     if exit_status == 1:
         return None
-    reason = last_lines.rstrip().rpartition("\n")[2].strip()[:_LONGEST_REASON]
-    return Death("crash", f"it ended with exit code {exit_status} " + (f"({reason})" if reason else "and gave no reason"))
+    last = last_lines.rstrip().rpartition("\n")[2].strip()[:_LONGEST_LINE]
+    reason = f"; its last line was: {last}" if last else " and gave no reason"
+    return Death("crash", f"it ended with exit code {exit_status}{reason}")
 
 
 def _line_with(words: tuple[str, ...], text: str) -> str:
     """The start of the last line with one of these words, in any case."""
     found = [line.strip() for line in text.splitlines() if any(word.lower() in line.lower() for word in words)]
-    return found[-1][:_LONGEST_REASON] if found else ""
+    return found[-1][:_LONGEST_LINE] if found else ""

@@ -134,7 +134,7 @@ def test_deaths_are_told_apart(status: int, last: str, kind: str) -> None:
 
 def test_the_last_words_of_an_unknown_end_are_told() -> None:
     assert cause_of_death(127, "before\nsymbol lookup error: libx.so\n") == Death(
-        "crash", "it ended with exit code 127 (symbol lookup error: libx.so)"
+        "crash", "it ended with exit code 127; its last line was: symbol lookup error: libx.so"
     )
     assert cause_of_death(3, "") == Death("crash", "it ended with exit code 3 and gave no reason")
 
