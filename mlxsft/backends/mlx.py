@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
@@ -234,11 +234,11 @@ class MlxBackend:
         """The summed loss of each part and its gradient; the keys are those of the whole batch."""
         weights, steps, found = self._trainable(), [], []
         for part in parts:
-            with mx.stream(part.stream):
+            with part.making():
                 keys = mx.array(token_keys[part.place][:, :-1])
                 inputs = self._loss.inputs(part.batch, few_shapes=self._compiled)
                 if self._loss.is_by_layer:
-                    within = partial(self._within, keys, part.stream)
+                    within = partial(self._within, keys, part.making)
                     steps.append(self._loss.by_layer(weights, inputs, self._trunk, self._recipe, within))
                 else:
                     found.append(self._gradient(weights, keys, *inputs))
@@ -252,12 +252,13 @@ class MlxBackend:
             return self._loss.summed(parameters, Inputs(*inputs), self._trunk, self._recipe)
 
     @contextmanager
-    def _within(self, keys: mx.array, stream: Any = None) -> Iterator[None]:
+    def _within(
+        self, keys: mx.array, making: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Iterator[None]:
         """Within it, what is random in the model comes from the keys of these tokens."""
         self._keys.value = keys
         with ExitStack() as stack:
-            if stream is not None:
-                stack.enter_context(mx.stream(stream))
+            stack.enter_context(making())
             if (alpha := self._recipe.neftune_alpha) is not None:
                 stack.enter_context(noisy(token_embedding(self.model), alpha, self._keys, self._noise))
             yield
@@ -266,7 +267,7 @@ class MlxBackend:
         """What a function makes of each part of a batch."""
         found = []
         for part in parts:
-            with mx.stream(part.stream):
+            with part.making():
                 found.append(function(part.batch))
         with self._cores.sharing(parts):
             mx.eval(found)

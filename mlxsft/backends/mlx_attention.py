@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlxsft.backends.blas import load_blas
+from mlxsft.backends.pieces import pieces
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -23,7 +24,7 @@ from mlxsft.backends.mlx_models import mlx_lm  # noqa: E402
 
 ATTENTION = "scaled_dot_product_attention"
 GATE = "swiglu"
-BLOCK = 128  # queries computed at once
+BLOCK = 128  # queries computed at once, about
 
 
 @contextmanager
@@ -74,9 +75,9 @@ def in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
     """
     causal, masks = isinstance(mask, str), [] if mask is None or isinstance(mask, str) else [mask]
     tokens = queries.shape[-2]
-    if tokens <= BLOCK:
+    blocks = [(block.start, block.stop) for block in pieces(tokens, BLOCK)]
+    if len(blocks) == 1:
         return _attend(scale, causal)(queries, keys, values, *masks)
-    blocks = [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
 
     def part(block: tuple[int, int], queries: mx.array, keys: mx.array, values: mx.array, *masks: mx.array) -> Any:
         """What the queries of a block need, and how far the keys go that they see."""

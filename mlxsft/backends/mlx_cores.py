@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxsft.backends.blas import blas_threads, load_blas, set_blas_threads
+from mlxsft.backends.pieces import Follower, InStep
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -31,6 +32,13 @@ class Part:
     batch: Batch
     place: tuple[slice, slice]
     stream: Any
+    follower: Follower
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Within it, what is made is computed on this part's core, in step with the others."""
+        with mx.stream(self.stream), self.follower.making():
+            yield
 
 
 class Cores:
@@ -51,13 +59,13 @@ class Cores:
         """
         count = max(1, min(len(batch.tokens), len(self._streams)))
         streams = self._streams[:count] if count > 1 else [self._default]
-        parts = []
+        parts, in_step = [], InStep()
         for start, stream in enumerate(streams):
             rows = slice(start, None, count)
             trained = np.flatnonzero(batch.mask[rows].any(axis=0))
             cut = self._cuts and not whole and len(trained)
             place = (rows, slice(int(trained[-1]) + 1) if cut else slice(None))
-            parts.append(Part(batch.part(*place), place, stream))
+            parts.append(Part(batch.part(*place), place, stream, in_step.part()))
         trained_ones = [part for part in parts if part.batch.mask.any()]
         return parts if whole or not trained_ones else trained_ones
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlxsft.backends.blas import load_blas
+from mlxsft.backends.pieces import pieces
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -52,12 +53,12 @@ def _normal(x: mx.array) -> mx.array:
 def _in_cache(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """What the function makes of the rows of x, so many at a time that they stay in the processor's cache."""
     rows = x.reshape(-1, x.shape[-1])
-    many = max(1, _CACHED // x.shape[-1])
-    if rows.shape[0] <= many:
+    places = pieces(rows.shape[0], max(1, _CACHED // x.shape[-1]))
+    if len(places) == 1:
         return function(x)
     parts: list[mx.array] = []
-    for start in range(0, rows.shape[0], many):
-        part = rows[start : start + many]
+    for place in places:
+        part = rows[place]
         parts.append(function(mx.depends([part], parts[-1:])[0] if parts else part))
     return mx.concatenate(parts).reshape(x.shape)
 

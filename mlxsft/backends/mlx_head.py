@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlxsft.backends.blas import load_blas
+from mlxsft.backends.pieces import pieces
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -109,11 +110,11 @@ def _may_be_head(path: str, module: nn.Module) -> bool:
 def chunked_losses(head: Head, hidden: mx.array, targets: mx.array) -> mx.array:
     """Cross-entropy in nats, float32 [N], for inputs of the head [N, D], a chunk at a time."""
     losses: list[mx.array] = []
-    for start in range(0, hidden.shape[0], rows := head.chunk_rows):
-        chunk = hidden[start : start + rows]
+    for part in pieces(hidden.shape[0], head.chunk_rows):
+        chunk = hidden[part]
         if losses:
             chunk = mx.depends([chunk], [losses[-1]])[0]  # one chunk after another, not all in memory
-        losses.append(cross_entropy(head.logits(chunk), targets[start : start + rows]))
+        losses.append(cross_entropy(head.logits(chunk), targets[part]))
     return mx.concatenate(losses)
 
 
@@ -140,8 +141,7 @@ def summed_loss(
     ) -> tuple[mx.array, mx.array, list[mx.array]]:
         total, slopes = mx.array(0.0), [mx.zeros_like(value) for value in values]
         hidden_slopes: list[mx.array] = []
-        for start in range(0, hidden.shape[0], rows := head.chunk_rows):
-            part = slice(start, start + rows)
+        for part in pieces(hidden.shape[0], head.chunk_rows):
             chunk = mx.depends([hidden[part]], [total, *slopes, *hidden_slopes[-1:]])[0]
             loss, (slope, more) = gradient(chunk, values, targets[part], weights[part])
             total, slopes = total + loss, [a + b for a, b in zip(slopes, more, strict=True)]

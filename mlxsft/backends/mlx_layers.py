@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxsft.backends.blas import load_blas
+from mlxsft.backends.pieces import pieces
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -173,8 +174,9 @@ class ByLayer:
         values = [weights[name] for name in names]
         gradient = chunk_gradient(self._head, names, smoothing)
         total, slopes, found = mx.array(0.0), [], {name: mx.zeros_like(weights[name]) for name in names}
-        for start in range(0, hidden.shape[0], rows := self._head.chunk_rows):
-            part = slice(start, start + rows)
+        with within():
+            chunks = pieces(hidden.shape[0], self._head.chunk_rows)
+        for part in chunks:
             with within():
                 loss, (slope, more) = gradient(hidden[part], values, targets[part], counted[part])
                 total = total + loss
