@@ -1,4 +1,4 @@
-"""Models on MLX: mlx-lm's own, with its LoRA layers and its generator.
+"""Models on MLX: mlx-lm's own, with its generator.
 
 On the CPU device everything is float32, quantized checkpoints included where memory allows, because MLX multiplies
 other types there 30 times slower; and nothing is compiled, because `mx.compile` calls g++ for seconds a shape and gains

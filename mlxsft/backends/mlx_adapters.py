@@ -20,6 +20,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from mlxsft.backends.mlx_dora import DoRAEmbedding, DoRALinear, dense_weight  # noqa: E402
+from mlxsft.backends.mlx_lora import LowRankLinear  # noqa: E402
 from mlxsft.backends.mlx_models import mlx_lm, own_weights, target_keys  # noqa: E402
 from mlxsft.backends.mlx_random import KeyedDropout, RandomKeys  # noqa: E402
 
@@ -186,14 +187,17 @@ def add_layers(
         raise ValueError(f"fine_tune_type is {kind!r}, expected lora, dora or full")
     mlx_lm("tuner.utils").linear_to_lora_layers(model, layers, {"dropout": 0.0, **parameters})
     low_rank = [(path, module) for path, module in model.named_modules() if "lora_a" in module]
-    if kind == "dora":
-        low_rank = [(path, _as_dora(path, module)) for path, module in low_rank]
-        model.update_modules(tree_unflatten(low_rank))
+    low_rank = [(path, (_as_dora if kind == "dora" else _as_lora)(path, module)) for path, module in low_rank]
+    model.update_modules(tree_unflatten(low_rank))
     if share := parameters.get("dropout"):
         for _, module in low_rank:
             module.dropout = KeyedDropout(share, keys)
     model.eval()  # new modules begin in training mode
     return {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters}
+
+
+def _as_lora(_: str, lora: nn.Module) -> nn.Module:
+    return LowRankLinear(lora) if isinstance(lora, mlx_lm("tuner.lora").LoRALinear) else lora
 
 
 def _as_dora(path: str, lora: nn.Module) -> nn.Module:

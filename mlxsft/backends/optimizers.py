@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Array = Any  # mx.array or torch.Tensor
 Arrays = dict[str, Array]
 Shape = tuple[int, ...]
 
+TOGETHER = 2**18  # numbers that are updated at once: they stay in the processor's cache
 EPSILON = 1e-8  # of Adam, added to the square root
 # Of Adafactor: how fast the memory of squares grows, what is added to squares, and the largest root mean square.
 FORGETTING, SQUARE_EPSILON, CLIP_RMS = -0.8, 1e-30, 1.0
@@ -33,10 +35,14 @@ NO_HIDDEN_MATRIX = re.compile(
 
 @dataclass(frozen=True)
 class Rule:
-    """One optimizer: the shapes that it remembers for a weight, and its update."""
+    """One optimizer: the shapes that it remembers for a weight, and its update.
+
+    `elementwise`: each number of a weight is updated alone, and remembered in slots of the weight's shape.
+    """
 
     slots: Callable[[Shape], dict[str, Shape]]
     update: Callable[[Any, Array, Array, Arrays, Settings], tuple[Array, Arrays]]
+    elementwise: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,39 @@ def updated(
     """
     new_weights: Arrays = {}
     new_state: Arrays = {}
-    for name, weight in weights.items():
+    for names in _alike(train, weights):
+        name, weight = names[0], weights[names[0]]
         rule = _rule(train, name, weight)
-        slots = {slot: state[f"{slot}.{name}"] for slot in rule.slots(tuple(weight.shape))}
         rate = numbers["rate"] * (b_ratio if name.endswith(".lora_b") else 1.0)
         settings = Settings(train, rate, train.weight_decay if _is_matrix(name, weight) else 0.0, numbers)
-        new_weights[name], after = rule.update(xp, weight, gradient[name], slots, settings)
-        new_state |= {f"{slot}.{name}": array for slot, array in after.items()}
-    return new_weights, new_state
+        together = partial(_together, xp, names)
+        slots = {slot: together(state, f"{slot}.") for slot in rule.slots(tuple(weight.shape))}
+        new, after = rule.update(xp, together(weights), together(gradient), slots, settings)
+        new_weights |= _apart(names, new)
+        for slot, array in after.items():
+            new_state |= _apart([f"{slot}.{name}" for name in names], array)
+    return {name: new_weights[name] for name in weights}, {name: new_state[name] for name in state}
+
+
+def _alike(train: TrainRecipe, weights: Mapping[str, Array]) -> list[list[str]]:
+    """The names of weights that one computation updates: a model has hundreds of small ones, of few shapes."""
+    groups: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        shape, b = tuple(weight.shape), name.endswith(".lora_b")
+        alone = not _rule(train, name, weight).elementwise
+        group = groups.setdefault(name if alone else (shape, b, _is_matrix(name, weight)), [])
+        group.append(name)
+    most = {key: max(1, TOGETHER // math.prod(weights[group[0]].shape)) for key, group in groups.items()}
+    return [g[start : start + most[key]] for key, g in groups.items() for start in range(0, len(g), most[key])]
+
+
+def _together(xp: Any, names: list[str], arrays: Mapping[str, Array], prefix: str = "") -> Array:
+    """The arrays of these names, stacked where there are several."""
+    return xp.stack([arrays[prefix + name] for name in names]) if len(names) > 1 else arrays[prefix + names[0]]
+
+
+def _apart(names: list[str], array: Array) -> Arrays:
+    return dict(zip(names, array, strict=True)) if len(names) > 1 else {names[0]: array}
 
 
 def _is_matrix(name: str, weight: Array) -> bool:
@@ -224,7 +255,7 @@ RULES = {
     "adamw": Rule(_both_moments, adamw),
     "adam": Rule(_both_moments, adam),
     "lion": Rule(lambda shape: {"first": shape}, lion),
-    "adafactor": Rule(_factored, adafactor),
-    "muon": Rule(lambda shape: {"first": shape}, muon),
+    "adafactor": Rule(_factored, adafactor, elementwise=False),
+    "muon": Rule(lambda shape: {"first": shape}, muon, elementwise=False),
     "sgd": Rule(lambda shape: {"velocity": shape}, sgd),
 }

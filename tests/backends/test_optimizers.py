@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
+from mlxsft.backends import optimizers
 from mlxsft.backends.mlx import mx
 from mlxsft.backends.optimizers import RULES, Arrays, state_shapes, step_numbers, updated
 from mlxsft.recipe_training import OPTIMIZERS, TrainRecipe
@@ -170,3 +171,18 @@ def test_b_learns_as_many_times_faster_as_loraplus_says() -> None:
     for name in SHAPES:
         ratio = 4.0 if name == "a.lora_b" else 1.0
         np.testing.assert_allclose(plus[name] - start[name], ratio * (plain[name] - start[name]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("xp", [mx, torch], ids=["mlx", "torch"])
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_weights_of_one_shape_are_updated_together_as_they_are_alone(
+    optimizer: str, xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"{layer}.{name}": shape for layer in range(5) for name, shape in SHAPES.items()}
+    train = recipe(optimizer, weight_decay=0.1)
+    monkeypatch.setattr(optimizers, "TOGETHER", 100)  # two of `a.lora_a` and one of `a.lora_b`
+    together = trained(train, shapes, xp, b_ratio=4.0)
+    monkeypatch.setattr(optimizers, "TOGETHER", 0)
+    assert list(together) == list(shapes)
+    for name, array in trained(train, shapes, xp, b_ratio=4.0).items():
+        np.testing.assert_array_equal(together[name], array)
