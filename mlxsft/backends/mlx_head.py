@@ -4,6 +4,7 @@ mlx-lm's models apply their head to every position, and some cap or scale the lo
 is taken on its way (`Head.hidden`), the trained positions are chosen from it, and the end of the model is called on
 those (`Head.logits`): the whole model is called again, with the chosen positions put in at the head. MLX computes
 nothing before it is needed, so of that second call nothing runs but the head and what follows it, whatever that is.
+Layers that hand on one array need not even be called.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Head:
     def __init__(self, model: nn.Module, place: Callable[[Arrays], None]) -> None:
         """`place` puts trained numbers into the model."""
         self._model, self.place = model, place
+        self._left_out: list[nn.Module] = []  # layers that are not called for logits
         in_layers = {id(module) for layer in model.layers for module in layer.modules()}
         heads = {p: m for p, m in model.named_modules() if id(m) not in in_layers and _may_be_head(p, m)}
         self.prefixes = tuple(f"{path}." for path in heads)
@@ -66,7 +68,7 @@ class Head:
         def put(plain: Callable[[mx.array], mx.array], _: mx.array) -> mx.array:
             return plain(hidden[None])
 
-        with self._called(put):
+        with intercepted(self._left_out, _hand_on), self._called(put):
             logits: mx.array = self._model(mx.zeros((1, hidden.shape[0]), dtype=mx.int32))
         return logits[0]
 
@@ -79,12 +81,23 @@ class Head:
         try:
             expected = self._model(tokens).astype(mx.float32)
             hidden = self.hidden(tokens)
-            given = self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(expected.shape).astype(mx.float32)
         except LOADING_ERRORS as error:
-            return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        tolerance = TOLERANCE if hidden.dtype == mx.float32 else 0.02
+            return _said_by(error)
         # At least 16, so that the products stay products of matrices.
         self.chunk_rows = max(16, CHUNK_BYTES // (4 * expected.shape[-1]))
+        self._left_out = list(self._model.layers)
+        if self._why_not_from(hidden, expected) is None:
+            return None
+        self._left_out = []
+        return self._why_not_from(hidden, expected)
+
+    def _why_not_from(self, hidden: mx.array, expected: mx.array) -> str | None:
+        """Why inputs of the head [B, T, D] do not give these logits [B, T, V]."""
+        try:
+            given = self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(expected.shape).astype(mx.float32)
+        except LOADING_ERRORS as error:
+            return _said_by(error)
+        tolerance = TOLERANCE if hidden.dtype == mx.float32 else 0.02
         if mx.allclose(given, expected, rtol=tolerance, atol=tolerance).item():
             return None
         return f"its logits then differ by up to {mx.abs(given - expected).max().item():.2g}"
@@ -101,6 +114,14 @@ class Head:
         finally:
             for embedding in self._embeddings:
                 del embedding.as_linear
+
+
+def _hand_on(_: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    return x
+
+
+def _said_by(error: BaseException) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def _may_be_head(path: str, module: nn.Module) -> bool:

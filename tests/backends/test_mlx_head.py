@@ -11,6 +11,7 @@ import pytest
 from mlxsft.backends import mlx_head
 from mlxsft.backends.mlx import MlxBackend, mx, nn
 from mlxsft.backends.mlx_head import Head, chunked_losses, cross_entropy, summed_loss
+from mlxsft.backends.mlx_intercept import intercepted
 from mlxsft.data.batches import Batch
 from mlxsft.models.source import ModelSource, open_model
 from mlxsft.recipe_training import AdapterRecipe, TrainRecipe
@@ -129,6 +130,46 @@ class TwoHeads(nn.Module):
 
 def test_a_head_that_cannot_be_called_alone_is_found_out() -> None:
     assert Head(TwoHeads(), dict).why_not() == "its head is called 2 times"
+
+
+class Pairs(nn.Module):
+    """A model whose layers hand on two arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(16, 8), nn.Linear(8, 16)
+        self.layers = [Pair(), Pair()]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        hidden, seen = self.embed_tokens(tokens), mx.array(1.0)
+        for layer in self.layers:
+            hidden, seen = layer(hidden, seen)
+        return self.lm_head(hidden)
+
+
+class Pair(nn.Module):
+    """One of its layers, which counts how often any was called."""
+
+    calls = 0
+
+    def __call__(self, x: mx.array, seen: mx.array) -> tuple[mx.array, mx.array]:
+        Pair.calls += 1
+        return x * seen, seen + 1
+
+
+def test_layers_are_not_called_for_logits_unless_the_model_needs_what_they_give(llama: ModelSource) -> None:
+    hidden = mx.random.normal((3, 8), key=mx.random.key(0))
+    pairs = Head(Pairs(), dict)
+    assert pairs.why_not() is None
+    before = Pair.calls
+    np.testing.assert_allclose(np.array(pairs.logits(hidden)), np.array(pairs._model.lm_head(hidden)), rtol=1e-5)
+    assert Pair.calls == before + 2
+    model = MlxBackend(llama).model
+    head, called = Head(model, model.update), []
+    assert head.why_not() is None
+    with intercepted(model.layers, lambda plain, *args, **kwargs: called.append(plain)):
+        head.logits(mx.zeros((3, llama.config["hidden_size"])))
+    assert not called
 
 
 def test_chunks_have_the_stated_size(llama: ModelSource) -> None:
