@@ -22,7 +22,7 @@ _POWERS = (1.3264727e-3, 9.6715128e-3, 5.5507337e-2, 2.4022242e-1, 6.9314698e-1,
 _LOG2_E = 1.4426950408889634
 # Added to a number below 2^22, it leaves the number rounded, plus 127, in the lowest bits.
 _ROUNDING = 1.5 * 2**23 + 127
-_CACHED = 2**18  # numbers that stay in the processor's cache between the passes over them
+_CACHED = 2**19  # numbers that stay in the processor's cache between the passes over them
 
 
 def is_faster(array: mx.array) -> bool:
