@@ -43,10 +43,6 @@ FOLDERS = (
 )
 
 
-# What OpenBLAS's kernels for AVX-512 use of it.
-AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
-
-
 @dataclass(frozen=True)
 class Blas:
     """The library that multiplies MLX's float32 matrices on the CPU."""
@@ -69,8 +65,6 @@ def load_blas() -> tuple[Blas | None, str | None]:
         return None, f"{VARIABLE} is off, so MLX multiplies with its own slow BLAS: unset it"
     if "mlx.core" in sys.modules:
         return None, "MLX was imported before mlxsft, so it keeps its slow BLAS: import mlxsft.backends.mlx first"
-    if (kernels := openblas_kernels(_cpuinfo())) is not None:
-        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
     if chosen:
         return _load_chosen(chosen), None
     for candidate in _candidates():
@@ -79,24 +73,6 @@ def load_blas() -> tuple[Blas | None, str | None]:
         except (OSError, AttributeError):
             continue  # not there, of another architecture, or without what MLX calls
     return None, f"no fast BLAS was found, matrix products are 30 to 70 times slower: {install_command()}"
-
-
-def openblas_kernels(cpuinfo: str) -> str | None:
-    """The kernels that OpenBLAS is to take on the processor of /proc/cpuinfo, where it may not know by itself.
-
-    Before 0.3.29 it takes those for AVX2 on AMD's Zen 5 (https://github.com/OpenMathLib/OpenBLAS/pull/4923), half as
-    fast: two cores of an EPYC do 250 GFLOP/s so and 480 with AVX-512, and an epoch of SmolLM2-135M takes 0.68 of the
-    time.
-    """
-    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
-    return "SkylakeX" if "AuthenticAMD" in cpuinfo and flags and set(flags[1].split()) >= AVX512 else None
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a sandbox without it
-        return ""
 
 
 def _load_chosen(path: str) -> Blas:

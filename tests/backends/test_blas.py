@@ -68,36 +68,6 @@ def test_a_choice_that_is_none(choice: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "kernels"),
-    [
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512dq avx512cd avx512bw avx512vl\n", "SkylakeX"),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 fma\n", None),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f\n", None),
-        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512f avx512dq avx512cd avx512bw avx512vl\n", None),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", None),
-        ("", None),
-    ],
-)
-def test_avx512_of_amd_is_asked_for(cpuinfo: str, kernels: str | None) -> None:
-    assert blas.openblas_kernels(cpuinfo) == kernels
-
-
-@linux
-@pytest.mark.parametrize("choice", [None, "Haswell"])
-def test_openblas_takes_those_kernels_unless_the_person_has_others(openblas: str, choice: str | None) -> None:
-    wanted = choice or blas.openblas_kernels(blas._cpuinfo())
-    if wanted is None or "avx2" not in blas._cpuinfo():
-        pytest.skip("OpenBLAS knows this processor")
-    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
-    if choice:
-        environment["OPENBLAS_CORETYPE"] = choice
-    code = """import ctypes; from mlxsft.backends.blas import load_blas
-name = ctypes.CDLL(load_blas()[0].path).openblas_get_corename; name.restype = ctypes.c_char_p; print(name().decode())"""
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip().lower() == wanted.lower()
-
-
-@pytest.mark.parametrize(
     ("release", "command"),
     [
         ({"ID": "ubuntu", "ID_LIKE": "debian"}, "apt-get install -y libopenblas0-pthread"),
