@@ -197,6 +197,7 @@ def add_layers(
 
 
 def _as_lora(_: str, lora: nn.Module) -> nn.Module:
+    """Of one matrix, a layer of our own; embeddings, experts and fused projections stay mlx-lm's."""
     return LowRankLinear(lora) if isinstance(lora, mlx_lm("tuner.lora").LoRALinear) else lora
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxsft.backends.blas import blas_threads, load_blas, set_blas_threads
-from mlxsft.backends.pieces import Follower, InStep
+from mlxsft.backends.pieces import InStep, Way
 
 load_blas()  # before MLX is imported, which would take its own
 
@@ -32,12 +32,12 @@ class Part:
     batch: Batch
     place: tuple[slice, slice]
     stream: Any
-    follower: Follower
+    way: Way
 
     @contextmanager
     def making(self) -> Iterator[None]:
         """Within it, what is made is computed on this part's core, in step with the others."""
-        with mx.stream(self.stream), self.follower.making():
+        with mx.stream(self.stream), self.way.making():
             yield
 
 
@@ -55,7 +55,8 @@ class Cores:
         """The batch in as many parts as there are rows or cores, of rows that stand apart, so of nearly equal work.
 
         On a CPU, where every shape will do, each ends with its last trained token, and one without any is left out:
-        what follows has no part in any loss. With `whole` it has every row and column.
+        what follows has no part in any loss. With `whole` it has every row and column. The largest comes first: it
+        decides into how many pieces all are cut.
         """
         count = max(1, min(len(batch.tokens), len(self._streams)))
         streams = self._streams[:count] if count > 1 else [self._default]
@@ -67,7 +68,8 @@ class Cores:
             place = (rows, slice(int(trained[-1]) + 1) if cut else slice(None))
             parts.append(Part(batch.part(*place), place, stream, in_step.part()))
         trained_ones = [part for part in parts if part.batch.mask.any()]
-        return parts if whole or not trained_ones else trained_ones
+        parts = parts if whole or not trained_ones else trained_ones
+        return sorted(parts, key=lambda part: part.batch.tokens.size, reverse=True)
 
     @contextmanager
     def sharing(self, parts: list[Part]) -> Iterator[None]:

@@ -28,7 +28,7 @@ from mlxsft.backends.mlx_models import LOADING_ERRORS  # noqa: E402
 Arrays = Mapping[str, mx.array]
 
 NAMES = ("lm_head", "output", "embed_out", "head")  # of a head that is no embedding
-CHUNK_BYTES = 64 * 2**20  # of float32 logits; a few times as much is needed around them
+CHUNK_BYTES = 64 * 2**20  # of float32 logits, about; a few times as much is needed around them
 TOLERANCE = 1e-4  # of logits in float32, absolute and relative; other types round
 TRIED = (2, 8)  # rows and tokens of the trial
 
@@ -83,13 +83,18 @@ class Head:
             hidden = self.hidden(tokens)
         except LOADING_ERRORS as error:
             return _said_by(error)
-        # At least 16, so that the products stay products of matrices.
+        # At least 16: chunks are about as large, and their products are to stay products of matrices.
         self.chunk_rows = max(16, CHUNK_BYTES // (4 * expected.shape[-1]))
         self._left_out = list(self._model.layers)
         if self._why_not_from(hidden, expected) is None:
             return None
         self._left_out = []
         return self._why_not_from(hidden, expected)
+
+    def trust(self, other: Head) -> None:
+        """Take over what `why_not` found of the same model with other numbers."""
+        self.chunk_rows = other.chunk_rows
+        self._left_out = list(self._model.layers) if other._left_out else []
 
     def _why_not_from(self, hidden: mx.array, expected: mx.array) -> str | None:
         """Why inputs of the head [B, T, D] do not give these logits [B, T, V]."""

@@ -1,8 +1,8 @@
 """LoRA layers for MLX, https://arxiv.org/abs/2106.09685, with mlx-lm's parameters and in fewer passes over activations.
 
 mlx-lm scales the change and adds it to what the base gives, each a pass over all outputs, and so again backward. Here
-what has the rank's width is scaled, and the matrix product adds its result to what is there, forward and backward. An
-update of SmolLM2-135M (4 rows of 128 tokens, two cores) takes 0.93 of the time.
+what has the rank's width is scaled, and where all numbers are of one type the matrix product adds its result to what
+is there, forward and backward. An update of SmolLM2-135M (4 rows of 128 tokens, two cores) takes 0.93 to 0.97 of the time.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class LowRankLinear(nn.Module):  # type: ignore[misc]  # MLX comes without types
     def __call__(self, x: mx.array) -> Any:
         """[..., outputs] for x [..., inputs]."""
         dropped = self.dropout(x)
-        if x.dtype != self.lora_a.dtype:  # a sum would be of the wider of the two types
-            y = self.linear(x)
-            return y + (self.scale * ((dropped @ self.lora_a) @ self.lora_b)).astype(y.dtype)
-        if dropped is not x:
-            return mx.addmm(self.linear(x), self.scale * (dropped @ self.lora_a), self.lora_b)
-        y = self._changed(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.training and dropped is x and x.dtype == self.lora_a.dtype:
+            y = self._changed(x.reshape(-1, x.shape[-1]))
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        y, narrow = self.linear(x), self.scale * (dropped @ self.lora_a)
+        if y.dtype == narrow.dtype:
+            return mx.addmm(y, narrow, self.lora_b)
+        return y + (narrow @ self.lora_b).astype(y.dtype)  # a product added to y would be of the wider type
 
     def _changed(self, x: mx.array) -> mx.array:
-        """The same for x [N, inputs] without dropout, with a gradient that takes no pass of its own to add up."""
+        """The same for x [N, inputs] without dropout, all of one type; its gradient needs no passes to add up."""
         base, scale = self.linear, self.scale
 
         @mx.custom_function

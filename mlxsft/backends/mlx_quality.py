@@ -205,10 +205,11 @@ class _Judged:
         self.model, head = model, Head(model, lambda arrays: None)
         if like is None:
             self._head = head if head.why_not() is None else None
-            self.chunk_rows = head.chunk_rows if self._head else WHOLE_ROWS
         else:
             self._head = head if like._head else None
-            self.chunk_rows = like.chunk_rows
+            if like._head:
+                head.trust(like._head)
+        self.chunk_rows = head.chunk_rows if self._head else WHOLE_ROWS
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """What `logits` takes for every position, [B, T, ...]."""

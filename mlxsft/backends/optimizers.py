@@ -126,7 +126,7 @@ def _alike(train: TrainRecipe, weights: Mapping[str, Array]) -> list[list[str]]:
         alone = not _rule(train, name, weight).elementwise
         group = groups.setdefault(name if alone else (shape, b, _is_matrix(name, weight)), [])
         group.append(name)
-    most = {key: max(1, TOGETHER // math.prod(weights[group[0]].shape)) for key, group in groups.items()}
+    most = {key: TOGETHER // max(1, math.prod(weights[group[0]].shape)) or 1 for key, group in groups.items()}
     return [g[start : start + most[key]] for key, g in groups.items() for start in range(0, len(g), most[key])]
 
 

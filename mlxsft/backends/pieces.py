@@ -18,19 +18,20 @@ SLACK = 1.5  # how many times larger than it should be a piece may get to stay i
 class InStep:
     """The numbers of pieces of parts that are computed side by side, in the order in which their graphs are made.
 
-    The part that first gets somewhere decides, the others follow; each runs the same code in the same order.
+    The part that first gets somewhere decides, the others follow: each runs the same code in the same order, until one
+    would get too large a piece. From there on it may go out of step, which costs time alone.
     """
 
     def __init__(self) -> None:
         self._counts: list[int] = []
 
-    def part(self) -> Follower:
+    def part(self) -> Way:
         """For one more part."""
-        return Follower(self._counts)
+        return Way(self._counts)
 
 
-class Follower:
-    """One part's way along the common numbers of pieces."""
+class Way:
+    """One part's way along the common numbers of pieces. Graphs are made in one thread."""
 
     def __init__(self, counts: list[int]) -> None:
         self._counts = counts
@@ -47,7 +48,7 @@ class Follower:
             _current = before
 
     def count(self, size: int, most: int) -> int:
-        """As `pieces`, in step with the other parts."""
+        """How many pieces of at most `most`, or SLACK times that, in step with the other parts."""
         if self._reached == len(self._counts):
             self._counts.append(_needed(size, most))
         count = self._counts[self._reached]
@@ -55,7 +56,7 @@ class Follower:
         return count if size <= count * most * SLACK else _needed(size, most)
 
 
-_current: Follower | None = None
+_current: Way | None = None
 
 
 def pieces(size: int, most: int) -> list[slice]:

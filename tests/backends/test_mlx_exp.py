@@ -12,7 +12,7 @@ from mlxsft.backends.mlx import mx, nn
 def test_the_exponential_is_exact_to_float32() -> None:
     x = np.linspace(-87, 88, 1_000_001).astype(np.float32)
     error = np.abs(np.array(mlx_exp.exp(mx.array(x))) / np.exp(x.astype(np.float64)) - 1)
-    assert (error <= 7e-7 + 6e-8 * np.abs(x)).all()
+    assert (error <= 8e-7 + 6e-8 * np.abs(x)).all()
 
 
 @pytest.mark.parametrize("x", [-1e30, -1000.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 1000.0, 1e30])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from mlxsft.backends.mlx import mx, nn
+from mlxsft.backends.mlx import MlxBackend, mx, nn
 from mlxsft.backends.mlx_lora import LowRankLinear
 from mlxsft.backends.mlx_models import mlx_lm
 
@@ -13,10 +15,13 @@ from mlxsft.backends.mlx_models import mlx_lm
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64), (1, 1, 64)])
-def test_values_and_gradients_are_those_of_mlx_lm(bits: int | None, bias: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_values_and_gradients_are_those_of_mlx_lm(
+    bits: int | None, bias: bool, shape: tuple[int, ...], training: bool
+) -> None:
     theirs = lora(bits, bias, mx.float32)
     x = mx.random.normal(shape, key=mx.random.key(1))
-    for one, other in zip(results(theirs, x), results(LowRankLinear(theirs), x), strict=True):
+    for one, other in zip(results(theirs, x), results(LowRankLinear(theirs).train(training), x), strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-6 * mx.abs(one).max().item())
 
 
@@ -30,6 +35,12 @@ def test_half_precision_stays_as_it_is(low_rank: mx.Dtype) -> None:
         assert one.dtype == other.dtype
         one, other = (np.array(array.astype(mx.float32)) for array in (one, other))
         np.testing.assert_allclose(one, other, rtol=0.03, atol=0.03 * np.abs(one).max())
+
+
+def test_a_model_gets_these_layers(trainer: Callable[..., MlxBackend]) -> None:
+    layers = [module for module in trainer().model.modules() if "lora_a" in module]
+    assert layers
+    assert all(isinstance(layer, LowRankLinear) for layer in layers)
 
 
 def test_dropout_acts_on_the_change_alone() -> None:
@@ -53,7 +64,7 @@ def lora(bits: int | None, bias: bool, dtype: mx.Dtype) -> nn.Module:
     base = nn.QuantizedLinear.from_linear(linear, 32, bits) if bits else linear
     layer = mlx_lm("tuner.lora").LoRALinear.from_base(base, r=4, scale=3.0)
     layer.lora_b = mx.random.normal((4, 96), key=mx.random.key(2))
-    return layer.eval()
+    return layer
 
 
 def results(layer: nn.Module, x: mx.array) -> list[mx.array]:

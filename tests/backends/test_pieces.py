@@ -52,7 +52,7 @@ def test_unequal_parts_of_a_batch_have_graphs_of_equal_size(
     for row, length in enumerate((14, 9, 13, 8)):
         mask[row, 2:length] = True
     assert (sizes := graph_sizes(backend, Batch(tokens, mask)))[0] == sizes[1]
-    monkeypatch.setattr(pieces.Follower, "count", lambda self, size, most: pieces._needed(size, most))
+    monkeypatch.setattr(pieces.Way, "count", lambda self, size, most: pieces._needed(size, most))
     assert (sizes := graph_sizes(backend, Batch(tokens, mask)))[0] != sizes[1]
 
 
