@@ -2,7 +2,8 @@
 
 mlx-lm scales the change and adds it to what the base gives, each a pass over all outputs, and so again backward. Here
 what has the rank's width is scaled, and where all numbers are of one type the matrix product adds its result to what
-is there, forward and backward. An update of SmolLM2-135M (4 rows of 128 tokens, two cores) takes 0.93 to 0.97 of the time.
+is there, forward and backward. An update of SmolLM2-135M (4 rows of 128 tokens, two cores) takes 0.93 to 0.97 of the
+time.
 """
 
 from __future__ import annotations
