@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -356,6 +357,18 @@ def test_adapters_are_listed_swapped_and_loaded(talk: Talk, tuned: tuple[Path, P
     assert "nonesuch: there is no such adapter" in talk.noted
     assert "is missing" in talk.noted
     assert fresh.backend.in_use is None
+
+
+def test_a_swap_of_adapters_reads_no_file(tuned: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, origin in zip(("model", "one", "two"), (*tuned, tuned[1]), strict=True):
+        shutil.copytree(origin, tmp_path / name)
+    paths = {name: tmp_path / name for name in ("one", "two")}
+    talk = Talk(load_for_chat(str(tmp_path / "model"), paths, revision=None, template=None, backend_name="mlx"))
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    told = {name: talk("/clear", f"/adapter {name}", "Who are you?") for name in ("two", "off", "one")}
+    assert told["one"] == told["two"] == "I am Pip.\n"
+    assert told["off"] != "I am Pip.\n"
 
 
 def test_compare_answers_the_last_message_with_two_and_changes_nothing(talk: Talk) -> None:

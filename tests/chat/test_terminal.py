@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from mlxsft.chat.terminal import TerminalFace, end_of_whole, history_file, without_echo
 
-ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"
+ALT_ENTER, CTRL_C, CTRL_D, CTRL_R = "\x1b\r", "\x03", "\x04", "\x12"
 TEXT = """# Tools
 
 Take *these*:
@@ -59,6 +61,24 @@ def test_enter_sends_alt_enter_begins_a_line_ctrl_c_clears_ctrl_d_leaves(keys: P
 def test_marks_keep_a_message_open_until_they_end_it_and_ctrl_c_gives_it_up(keys: PipeInput) -> None:
     keys.send_text(f'"""\rWho are\r/bye\r"""\r"""oh{ALT_ENTER}no\r{CTRL_C}"""hello"""\r{CTRL_D}')
     assert list(TerminalFace(None).lines()) == ['"""\nWho are\n/bye\n"""', '"""hello"""']
+
+
+def test_ctrl_r_searches_what_was_typed_before(keys: PipeInput, tmp_path: Path) -> None:
+    keys.send_text(f"Who sells pumps?\rhello\r{CTRL_D}")
+    assert list(TerminalFace(tmp_path / "history").lines()) == ["Who sells pumps?", "hello"]
+    later = TerminalFace(tmp_path / "history")
+
+    def search() -> None:
+        for _ in range(3000):  # the file is read while the prompt is there
+            if len(later._session.default_buffer._working_lines) == 3:
+                break
+            time.sleep(0.01)
+        keys.send_text(f"{CTRL_R}pump\r\r{CTRL_D}")
+
+    searching = threading.Thread(target=search, daemon=True)
+    searching.start()
+    assert list(later.lines()) == ["Who sells pumps?"]
+    searching.join()
 
 
 def test_bytes_that_are_no_text_do_not_end_the_program(keys: PipeInput, tmp_path: Path) -> None:
