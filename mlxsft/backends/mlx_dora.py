@@ -16,14 +16,14 @@ load_blas()  # before MLX is imported, which would take its own
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
+from mlxsft.backends.mlx_lora import LowRankLinear  # noqa: E402
 
-class DoRALinear(nn.Module):  # type: ignore[misc]  # MLX comes without types
+
+class DoRALinear(LowRankLinear):
     """A linear module with a low-rank change and a trained length of each row; made from mlx-lm's LoRALinear."""
 
     def __init__(self, lora: Any) -> None:
-        super().__init__()
-        self.linear, self.dropout, self.scale = lora.linear, lora.dropout, lora.scale
-        self.lora_a, self.lora_b = lora.lora_a, lora.lora_b
+        super().__init__(lora)
         self._squares = row_squares(self.linear)
         self.m = mx.sqrt(self._squares)
 

@@ -82,7 +82,7 @@ class Head:
             expected = self._model(tokens).astype(mx.float32)
             hidden = self.hidden(tokens)
         except LOADING_ERRORS as error:
-            return _said_by(error)
+            return said_by(error)
         # At least 16: chunks are about as large, and their products are to stay products of matrices.
         self.chunk_rows = max(16, CHUNK_BYTES // (4 * expected.shape[-1]))
         self._left_out = list(self._model.layers)
@@ -101,7 +101,7 @@ class Head:
         try:
             given = self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(expected.shape).astype(mx.float32)
         except LOADING_ERRORS as error:
-            return _said_by(error)
+            return said_by(error)
         tolerance = TOLERANCE if hidden.dtype == mx.float32 else 0.02
         if mx.allclose(given, expected, rtol=tolerance, atol=tolerance).item():
             return None
@@ -125,7 +125,8 @@ def _hand_on(_: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     return x
 
 
-def _said_by(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
+    """What went wrong in a trial, as a clause."""
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 

@@ -24,7 +24,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxsft.backends.mlx_head import Arrays, Head, chunk_gradient  # noqa: E402
+from mlxsft.backends.mlx_head import Arrays, Head, chunk_gradient, said_by  # noqa: E402
 from mlxsft.backends.mlx_intercept import intercepted  # noqa: E402
 from mlxsft.backends.mlx_models import LOADING_ERRORS  # noqa: E402
 
@@ -85,7 +85,7 @@ class ByLayer:
                 x = call(x)
             given = self._end(x, tokens)
         except LOADING_ERRORS as error:
-            return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            return said_by(error)
         tolerance = TOLERANCE if expected.dtype == mx.float32 else 0.02
         equal = mx.allclose(given, expected, rtol=tolerance, atol=tolerance).item()
         return None if equal else HANDS_ON_MORE

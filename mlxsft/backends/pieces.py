@@ -1,6 +1,6 @@
 """Into how many pieces a large computation is cut, equally many in all parts of a batch that are computed side by side.
 
-MLX runs at most about fifty operations ahead of what is computed, on all streams together. So the streams of two cores
+MLX runs at most a hundred operations ahead of what is computed, on all streams together. So the streams of two cores
 stay in step only while their graphs are alike: where one has a piece more, its products come when the other has its
 small operations, and each waits for the other (SmolLM2-135M, 2 rows of 203 tokens a core take 2.0 s, and 203 beside
 195 took 2.8 s before this).
